@@ -19,7 +19,7 @@ from test_code_store import tokenize
 from llama_mimi.audio.reading import Waveform, read_audio, write_wav
 from llama_mimi.common.errors import UserError
 from llama_mimi.report.document import Clip, Picture, Section, Table, to_markdown, write_html, write_markdown
-from llama_mimi.report.pages import MARK_COLOR, continuations, make_clip, spectrogram, write_codes_page
+from llama_mimi.report.pages import MARK_COLOR, continuations, make_clip, spectrogram
 
 VOID = {"meta", "link", "img", "br"}
 ODD = '<script>alert("x")</script> & "quotes" | `a|<b>` *c* `d'
@@ -92,7 +92,7 @@ def test_a_tokenised_corpus(tmp_path):
     (tmp_path / "in" / "empty.wav").write_bytes(b"")
     done = tokenize(tmp_path / "in", tmp_path / "codes", "--max_skip_fraction", 0.5, "--max_audio_seconds", 1.6)
     assert done.returncode == 0, done.output[-2000:]
-    write_codes_page(page=tmp_path / "a.html", codes=str(tmp_path / "codes"), num_clips=4)
+    build_page(page=tmp_path / "a.html", codes=tmp_path / "codes", num_prompts=4)
     found = Outline(tmp_path / "a.html")
     assert found.tags["audio"] == 4 and all(source.startswith(("data:", "#")) for source in found.sources)
     stored = pq.read_table(sorted((tmp_path / "codes").glob("shard-*.parquet")))
@@ -153,7 +153,7 @@ def test_a_page_that_cannot_be_made(tmp_path, generations):
     for mistake, message in (
         ({"generations": generations}, "a continuation of 'mine' cannot be played: .*does not exist"),
         ({"generations": tmp_path}, "does not contain prompts.json"),
-        ({}, "set either --study or --generations"),
+        ({}, "set one of the flags --generations, --study and --codes"),
     ):
         with pytest.raises(UserError, match=message):
             build_page(page=tmp_path / "d.html", **mistake)

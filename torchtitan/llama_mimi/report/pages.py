@@ -18,7 +18,7 @@ from llama_mimi.audio.reading import AudioError, read_audio
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import read_json, visible_files
 from llama_mimi.corpora.code_shards import CodeCorpus, read_manifest
-from llama_mimi.report.document import Clip, Section, Table, import_extra, write_html
+from llama_mimi.report.document import Clip, Section, Table, import_extra
 from llama_mimi.report.results import DAMAGE, KIND, in_order, measure_of, system_label
 
 RATE_HZ, ROUNDING_SECONDS = 24_000, 0.1
@@ -119,15 +119,16 @@ def _clip(label: str, folder: Path, sample: Mapping[str, Any], prompt_seconds: f
     return make_clip(label, audio.samples_S, RATE_HZ, lines, mark_seconds)
 
 
-def write_codes_page(codes: str, page: Path, codec: str | None = None, num_clips: int = 10, seed: int = 0) -> None:
-    """Write a page about a tokenised corpus; see scripts/inspect_codes.py."""
+def code_sections(codes: str, num_clips: int) -> list[Section]:
+    """Return ``num_clips`` decoded clips of a tokenised corpus, and the use of codes at each level.
+
+    ``codes`` is the --output_dir of scripts/tokenize_corpus.py. The clips are decoded with the codec in the manifest.
+    """
     manifest = read_manifest(codes)
-    made_by = manifest["codec"]
-    name, levels, sliding_window = codec or made_by["name"], made_by["num_quantizers"], made_by["sliding_window"]
+    name, levels, sliding_window = (manifest["codec"][key] for key in ("name", "num_quantizers", "sliding_window"))
     corpus = CodeCorpus(codes, name, levels, sliding_window, with_text="text" in manifest["columns"])
-    clips = decoded_clips(corpus, MimiCodec(name, levels, sliding_window=sliding_window), num_clips, seed)
-    samples = Section(f"{len(clips)} of {manifest['clips']:,} clips, decoded", clips=clips)
-    write_html(f"Codes in {codes}", [samples, code_use(corpus)], page)
+    clips = decoded_clips(corpus, MimiCodec(name, levels, sliding_window=sliding_window), num_clips)
+    return [Section(f"{len(clips)} of {manifest['clips']:,} clips, decoded", clips=clips), code_use(corpus)]
 
 
 def code_use(corpus: CodeCorpus) -> Section:
@@ -147,11 +148,11 @@ def code_use(corpus: CodeCorpus) -> Section:
     return Section("Use of codes", [about], tables=[table])
 
 
-def decoded_clips(corpus: CodeCorpus, codec: MimiCodec, num_clips: int, seed: int) -> list[Clip]:
+def decoded_clips(corpus: CodeCorpus, codec: MimiCodec, num_clips: int) -> list[Clip]:
     """Decode the beginning of randomly chosen clips."""
     ends_U, max_frames = np.cumsum(corpus.rows_per_unit), round(CLIP_SECONDS * codec.frame_rate_hz)
     clips = []
-    for number in np.sort(np.random.default_rng(seed).choice(ends_U[-1], min(num_clips, ends_U[-1]), replace=False)):
+    for number in np.sort(np.random.default_rng(0).choice(ends_U[-1], min(num_clips, ends_U[-1]), replace=False)):
         unit = int(np.searchsorted(ends_U, number, side="right"))
         row = corpus.read(unit)[int(number - ends_U[unit] + corpus.rows_per_unit[unit])]
         seconds = len(row["codes"]) / codec.frame_rate_hz
