@@ -9,15 +9,12 @@ names the failed runs, and the next start of the study repeats the failed runs.
 import logging
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import tyro
 
 from llama_mimi.common.command_line import run_command
 from llama_mimi.common.errors import UserError
-
-if TYPE_CHECKING:
-    from llama_mimi.study.config import Study
 
 
 def main(
@@ -80,7 +77,7 @@ def main(
         raise UserError(f"{problem}; fix the causes that the report names, and re-run the command")
 
 
-def print_plan(study: "Study", flops_per_hour: float) -> None:
+def print_plan(study: Any, flops_per_hour: float) -> None:
     """Print the cost of each variant, and the total GPU hours of all runs."""
     from llama_mimi.study.budget import CONTEXT_SECONDS, cost
 

@@ -87,8 +87,7 @@ def _settings(study: Study, run: Run, step: Step) -> Flags:
 def check_primaries(study: Study) -> None:
     """Raise a `UserError` if primary contrasts have changed since the first call, which saves these contrasts."""
     folder = str(study.output_dir)
-    contrasts = [(one.title, one.primary, one.variants[0]) for one in study.tables]
-    primaries = {title: [one[0], one[1].name, baseline.name] for title, one, baseline in contrasts if one}
+    primaries = {t.title: [t.primary[0], t.primary[1].name, t.variants[0].name] for t in study.tables if t.primary}
     if (fixed := read_json(folder, PRIMARIES)) is None:
         write_atomically(folder, PRIMARIES, json.dumps(primaries, indent=1).encode())
     else:
