@@ -141,9 +141,7 @@ def overview(manifest: dict[str, Any]) -> Section:
         ("corpus", manifest["corpus"]),
         ("audio", f"{hours:,.2f} hours"),
         ("clips", f"{clips:,}, {3600 * hours / clips:.1f} s on average"),
-        ("imported from the layout", manifest["layout"])
-        if "layout" in manifest
-        else ("cut off at", f"{manifest['max_audio_seconds']:g} s: {manifest['cut']:,} clips"),
+        ("cut off at", f"{manifest['max_audio_seconds']:g} s: {manifest['cut']:,} clips"),
         ("duplicates", f"{manifest['duplicates_kept']:,} kept"),
         ("shards", f"{len(manifest['shards']):,}, {sum(s['bytes'] for s in manifest['shards']) / 1e6:,.1f} MB"),
         ("codec", f"{codec['name']}, weights {codec['sha256'][:12]}, {codec['num_quantizers']} levels"),
