@@ -26,7 +26,7 @@ import numpy as np
 from llama_mimi.audio.mimi import load_codec_config
 from llama_mimi.common.errors import UserError
 from llama_mimi.corpora.clips import HASH_BYTES, SkippedClip
-from llama_mimi.corpora.code_shards import Clip, CodedClip
+from llama_mimi.corpora.code_shards import CodedClip
 from llama_mimi.corpora.formats import open_source
 from llama_mimi.corpora.options import ImportOptions
 from llama_mimi.corpora.source import Row, Source
@@ -52,7 +52,7 @@ class CodesReader:
     codec: StatedCodec
     splits: bool  # True for "soda": a row is a recording with several clips
 
-    def clips(self, row: Row) -> list[Clip]:
+    def clips(self, row: Row) -> list[CodedClip | SkippedClip]:
         """Return the clips of a row, or one skipped clip with a reason."""
         name, content, speaker = row["name"], row.get("codes") or "", row.get("speaker")
         if self.splits and name.endswith("_type2"):
@@ -66,7 +66,7 @@ class CodesReader:
                 clips = [(row.get("text"), parse_clip(content, self.codec))]
         except ValueError as error:
             return [SkippedClip("unusable codes", f"'{name}' cannot be used: {error}")]
-        coded: list[Clip] = []
+        coded: list[CodedClip | SkippedClip] = []
         for number, (text, codes_TQ) in enumerate(clips):
             clip_name = f"{name}_{number:05d}" if self.splits else name
             code_hash = hashlib.blake2b(codes_TQ.tobytes(), digest_size=HASH_BYTES).digest()

@@ -210,7 +210,7 @@ class Chunks(IterableDataset):
     def __init__(self, reader: Reader, jobs: Sequence[Job], rows_per_chunk: int) -> None:
         self._reader, self._jobs, self._rows_per_chunk = reader, jobs, rows_per_chunk
 
-    def __iter__(self) -> Iterator[tuple[str | None, int, int, list[shards.Clip]]]:
+    def __iter__(self) -> Iterator[tuple[str | None, int, int, list[Any]]]:
         source, info, size = self._reader.source, get_worker_info(), self._rows_per_chunk
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
         turns: Iterator[bool] = itertools.cycle(number == worker for number in range(num_workers))
