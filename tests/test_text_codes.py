@@ -18,6 +18,7 @@ from llama_mimi.common.errors import UserError
 from llama_mimi.corpora.code_shards import CodeCorpus
 from llama_mimi.corpora.options import ImportOptions, TokenizationOptions
 from llama_mimi.corpora.tokenize import tokenize_corpus
+from llama_mimi.corpora.utterances import UtteranceCorpus
 from llama_mimi.tokens.vocabulary import text_from_codes
 
 CODEC = str(TINY / "mimi")
@@ -119,6 +120,9 @@ def test_recordings_of_soda(tmp_path):
     assert found["filtered"] == {"second row of a recording": 1} and found["codec"]["sliding_window"] == "unknown"
     for sliding_window in (True, False):  # training accepts unknown codes with any setting
         assert CodeCorpus(str(tmp_path / "out"), CODEC, 4, sliding_window).rows_per_unit.tolist() == [3]
+    corpus = UtteranceCorpus(str(tmp_path / "out"), CODEC, 4, with_text=True)  # of the task "interleaved"
+    (block,) = corpus.clips(corpus.read(0)[0])
+    assert [[clip.text for clip in run] for run in block.runs] == [["first", "second\nline"]]
 
 
 GOOD = random_codes(3, 0)

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 from torch.utils.data import IterableDataset, get_worker_info
 from tqdm import tqdm
 
@@ -35,12 +34,12 @@ from llama_mimi.corpora.clips import MAX_NAMED_CLIPS, AudioReader, SkippedClip, 
 from llama_mimi.corpora.formats import CORPORA, open_source
 from llama_mimi.corpora.options import ImportOptions, TokenizationOptions
 from llama_mimi.corpora.source import Source, Unit
-from llama_mimi.corpora.text_codes import CodesReader, StatedCodec, open_codes
+from llama_mimi.corpora.text_codes import CodesReader
 from llama_mimi.corpora.where import RowFilter
 
 Options = TokenizationOptions | ImportOptions
 Reader = AudioReader | CodesReader
-Codec = MimiCodec | StatedCodec  # codec that encodes the audio, or that computed the imported codes
+Codec = MimiCodec | CodesReader  # the reader states the properties of the codec that computed the codes
 
 READER = 3  # version of the rules that skip and filter clips; all shards of a folder must have the same version
 CLIPS_PER_SHARD, MIN_SHARDS = 2048, 64  # defaults: 3 MB per shard for clips of 14 s, and enough shards for many ranks
@@ -86,9 +85,24 @@ def tokenize_corpus(options: Options) -> None:
         reader: Reader
         codec: Codec
         if isinstance(options, ImportOptions):
-            reader, codec = open_codes(options)
+            reader = codec = CodesReader(options)
         else:
-            reader, codec = _open_audio(options, ranks.device)
+            row_filter = RowFilter(options.min_seconds, options.max_seconds, options.where)
+            columns = {"text": options.text_column, "speaker": options.speaker_column, **row_filter.columns}
+            place = options.corpus, options.dataset_path
+            source = open_source(*place, options.audio_column, None, columns, options.split)
+            if missing := [column for role, column in row_filter.columns.items() if role not in source.columns]:
+                raise UserError(f"'{missing[0]}' in --where is not a column of '{options.corpus}'; correct this name")
+            dtype, window = DTYPES[options.dtype], options.codec_sliding_window
+            codec = MimiCodec(options.codec, options.num_quantizers, ranks.device, dtype, window)
+            reader = AudioReader(
+                source,
+                sample_rate_hz=codec.sample_rate_hz,
+                frame_size=codec.frame_size,
+                max_frames=whole_frames(options.max_audio_seconds, codec.config, "--max_audio_seconds"),
+                row_filter=row_filter,
+                splits=options.long_recordings == "split",
+            )
         source = reader.source
         plan, jobs = _plan(options, source, codec), make_jobs(source.units, options.clips_per_shard)
 
@@ -108,26 +122,6 @@ def tokenize_corpus(options: Options) -> None:
         if ranks.rank == 0:
             write_manifest(options, plan, source.units, jobs)
             _print_next(options, ranks.world_size)
-
-
-def _open_audio(options: TokenizationOptions, device: torch.device) -> tuple[AudioReader, MimiCodec]:
-    row_filter = RowFilter(options.min_seconds, options.max_seconds, options.where)
-    columns = {"text": options.text_column, "speaker": options.speaker_column, **row_filter.columns}
-    source = open_source(options.corpus, options.dataset_path, options.audio_column, None, columns, options.split)
-    if missing := [column for role, column in row_filter.columns.items() if role not in source.columns]:
-        raise UserError(f"'{missing[0]}' in --where is not a column of '{options.corpus}'; correct this name")
-    codec = MimiCodec(
-        options.codec, options.num_quantizers, device, DTYPES[options.dtype], options.codec_sliding_window
-    )
-    reader = AudioReader(
-        source,
-        sample_rate_hz=codec.sample_rate_hz,
-        frame_size=codec.frame_size,
-        max_frames=whole_frames(options.max_audio_seconds, codec.config, "--max_audio_seconds"),
-        row_filter=row_filter,
-        splits=options.long_recordings == "split",
-    )
-    return reader, codec
 
 
 def _print_next(options: Options, num_ranks: int) -> None:
