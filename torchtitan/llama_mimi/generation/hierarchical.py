@@ -69,7 +69,7 @@ class HierarchicalModel(SpeechModel):
         embedded = [self.embed(ids_L) for ids_L in ids]
         padded_BPD = pad_sequence(embedded, batch_first=True)  # right padding has no effect
         hidden_BPD = self.backbone(inputs_embeds=padded_BPD, use_cache=False).last_hidden_state
-        # N: positions of all sequences. The state before a position predicts it; the first of a sequence has none.
+        # N: positions of all sequences. A position is predicted from the hidden state of the previous position.
         before = [
             F.pad(hidden_PD[: len(own_PD) - 1], (0, 0, 1, 0))
             for hidden_PD, own_PD in zip(hidden_BPD, embedded, strict=True)
