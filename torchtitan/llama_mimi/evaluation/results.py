@@ -55,7 +55,7 @@ def results(
     for index, pair in enumerate(benchmark.pairs):
         both = slice(2 * index, 2 * index + 2)
         positive, negative = scores[both]
-        rules = {rule: decision(positive[rule], negative[rule]) for rule in positive}
+        rules = {rule: decision(positive[rule], negative[rule]) for rule in positive if rule in negative}
         entry = vars(pair) | {"positive": pair.positive.name, "negative": pair.negative.name} | rules.pop(PRIMARY)
         entry |= {"is_cut": any(clip.is_cut for clip in clips[both]), "rules": rules}
         if (prompt := prompts[2 * index]) is not None:
@@ -65,8 +65,11 @@ def results(
     report = accuracies(pairs)
     if mean_of:
         report["missing_parts"] = [part for part in mean_of if part not in report["parts"]]
-    rules = pairs[0]["rules"] if pairs else {}
-    report["rules"] = {rule: accuracies([pair | pair["rules"][rule] for pair in pairs]) for rule in rules}
+    by_rule: dict[str, list[Result]] = defaultdict(list)
+    for entry in pairs:
+        for rule, decided in entry["rules"].items():
+            by_rule[rule].append(entry | decided)
+    report["rules"] = {rule: accuracies(decided) for rule, decided in by_rule.items()}
     return report | {"unpaired_clips": len(benchmark.unpaired), "notes": benchmark.notes, "pairs": pairs}
 
 
