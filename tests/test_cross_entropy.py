@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_mimi.model import cross_entropy as module
-from llama_mimi.model.cross_entropy import audio_targets, cross_entropy, pending_logits
+from llama_mimi.model.cross_entropy import cross_entropy, pending_logits, vocabulary_targets
 from llama_mimi.tokens.tokenizer import IGNORE_INDEX
 from llama_mimi.tokens.vocabulary import AudioVocabulary
 
@@ -27,7 +27,7 @@ def case(B, L, seed=0, dtype=torch.float32, scale=1.0):
 def in_chunks(hidden_BLD, weight_VD, labels_BL, rows, monkeypatch, weights_L=None, step=None):
     monkeypatch.setattr(module, "CHUNK_BYTES", rows * 4 * V)
     monkeypatch.setattr(module, "CHUNK_MULTIPLE", 1)
-    targets = audio_targets(labels_BL, VOCABULARY)
+    targets = vocabulary_targets(labels_BL, VOCABULARY)
     weights_N = (torch.ones(labels_BL.numel()) if weights_L is None else weights_L)[targets.positions_N]
     return cross_entropy(pending_logits(hidden_BLD, weight_VD), targets, weights_N, step)
 

@@ -226,7 +226,7 @@ def test_a_prompt_is_the_common_prefix_in_whole_frames(first, second, frames):
 def test_scores_do_not_depend_on_how_many_logits_are_made_at_once(models, monkeypatch):
     clips = [(random_codes(frames), False) for frames in (3, 20)]
     expected = batch_scores(models[4, True], clips, Scoring(None), [0, 0])
-    monkeypatch.setattr("llama_mimi.generation.flattened.POSITIONS_AT_ONCE", 7)
+    monkeypatch.setattr("llama_mimi.generation.speech_model.POSITIONS_AT_ONCE", 7)
     for found, wanted in zip(batch_scores(models[4, True], clips, Scoring(None), [0, 0]), expected, strict=True):
         assert found == pytest.approx(wanted, abs=1e-6)
 

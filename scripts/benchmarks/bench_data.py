@@ -38,7 +38,7 @@ from llama_mimi.corpora.formats import open_source
 from llama_mimi.corpora.options import TokenizationOptions
 from llama_mimi.corpora.tokenize import tokenize_corpus
 from llama_mimi.data.dataloader import SpeechDataLoader
-from llama_mimi.data.order import ShuffledOrder
+from llama_mimi.data.order import ShuffledOrder, Stream
 from llama_mimi.data.packing import BatchPacker
 from llama_mimi.tokens.tokenizer import IGNORE_INDEX, SpeechTokenizer, load_speech_tokenizer
 from llama_mimi.tokens.vocabulary import text_from_codes
@@ -114,9 +114,10 @@ def loader(
     is_packed: bool = True,
 ) -> SpeechDataLoader:
     tokenizer = flags.speech_tokenizer()
+    streams = [Stream("audio", reader)]
     return SpeechDataLoader(
-        [reader],
-        ShuffledOrder([reader], [1.0], dp_rank=0, dp_world_size=1, shuffle_window=4096, seed=0),
+        streams,
+        ShuffledOrder(streams, [1.0], dp_rank=0, dp_world_size=1, shuffle_window=4096, seed=0),
         BatchPacker(tokenizer, batch_size, flags.seq_len, is_packed=is_packed, has_positions=is_packed),
         codec,
         workers={},

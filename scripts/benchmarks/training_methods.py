@@ -32,7 +32,7 @@ from llama_mimi.checkpoint.huggingface import hf_config
 from llama_mimi.checkpoint.stand_ins import LLAMA_3_VOCABULARY, write_tokenizer
 from llama_mimi.common.command_line import to_cli_args
 from llama_mimi.model.architectures import build_model
-from llama_mimi.model.cross_entropy import audio_targets, cross_entropy, pending_logits
+from llama_mimi.model.cross_entropy import cross_entropy, pending_logits, vocabulary_targets
 from llama_mimi.model.llama import FLAVORS, LLAMA_3_2_ROPE, LlamaMimiArgs, depth_args
 from llama_mimi.tokens.tokenizer import IGNORE_INDEX
 from llama_mimi.tokens.vocabulary import AudioVocabulary
@@ -326,7 +326,7 @@ def loss_of(method: str, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, vocab
     if method == "in chunks":
         ones_N = torch.ones(len(hidden_ND), device=DEVICE)
         logits = pending_logits(hidden_ND[None], weight_VD)
-        return cross_entropy(logits, audio_targets(targets_N, vocabulary), ones_N)[0]
+        return cross_entropy(logits, vocabulary_targets(targets_N, vocabulary), ones_N)[0]
     return F.cross_entropy(F.linear(hidden_ND, weight_VD).float(), targets_N, reduction="sum")
 
 

@@ -133,7 +133,7 @@ def make_batch(job_config: Any) -> tuple[torch.Tensor, torch.Tensor, dict[str, A
     B, L = job_config.training.local_batch_size, job_config.training.seq_len
     tokenizer = llama_mimi.train_spec.build_speech_tokenizer(job_config)
     ids_BLW = torch.zeros(B, L, tokenizer.ids_per_position, dtype=torch.long, device=DEVICE)
-    inputs, labels = tokenizer.batch(ids_BLW, torch.zeros_like(ids_BLW))
+    inputs, labels = tokenizer.batch(ids_BLW, torch.zeros_like(ids_BLW), ids_BLW[..., 0])
     tokens = inputs.pop("input")
     if job_config.data.packing == "pack":
         bounds = torch.zeros(B + 1, dtype=torch.int32, device=DEVICE)  # bounds of clips; they need only a few bytes

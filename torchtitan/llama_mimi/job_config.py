@@ -54,6 +54,9 @@ class Loss:
     and 1 for other levels; 'geometric:100': geometric decay from 100 at level 0 to 1 at the last level; or Q numbers
     separated by commas"""
 
+    text_weight: float = 1.0
+    """Weight of a text token in the loss; the mean weight of an audio token is 1"""
+
 
 @dataclass
 class Codec:
@@ -72,8 +75,19 @@ class Codec:
 
 @dataclass
 class Data:
-    task: Literal["a2a", "tts"] = "a2a"
-    """Training task; 'a2a': audio only; 'tts': a transcript, followed by its audio"""
+    tasks: list[str] = field(default_factory=lambda: ["audio"])
+    """Training tasks; 'audio': audio only; 'tts': a transcript, then its audio; 'asr': audio, then its transcript;
+    'interleaved': consecutive utterances of a speaker, in turn as text and as audio; 'text': documents of
+    data.text_dataset"""
+
+    task_weights: list[float] = field(default_factory=list)
+    """Relative numbers of clips (documents, groups of utterances) of the tasks; empty: equal numbers"""
+
+    text_dataset: str | None = None
+    """Corpus for the task 'text': folder, file or glob of .txt files (a document per line), .jsonl or .parquet files"""
+
+    validation_text_dataset: str | None = None
+    """Corpus of text for validation; default: the task 'text' is not validated"""
 
     max_audio_seconds: float = 20.0
     """Maximum length of a clip, in seconds; longer clips are cut after a whole frame and end without </audio>"""
@@ -97,7 +111,7 @@ class Data:
     """Column with audio; each value is a struct with the fields bytes and path"""
 
     text_column: str = "text"
-    """Column with transcripts; used only for the task 'tts'"""
+    """Column with transcripts, and with the documents of data.text_dataset"""
 
     shuffle_window: int = 4096
     """Number of clips to shuffle together, rounded to whole row groups; each worker keeps these clips in memory.

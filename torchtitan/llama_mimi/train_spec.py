@@ -55,15 +55,18 @@ def build_loss(
     job_config: Any, meter: LevelMeter = _guard.meter, weights: list[float] | None = None, **kwargs: Any
 ) -> SpeechLoss:
     """Build the training loss. For validation, pass another meter and other weights."""
-    weights = weights or level_weights(job_config.loss.level_weights, level_fractions(job_config))
+    if weights is None:
+        levels = level_weights(job_config.loss.level_weights, level_fractions(job_config))
+        weights = [*levels, job_config.loss.text_weight]
     settings = job_config.compile
     is_compiled = settings.enable and "loss" in settings.components
     chunk_step = torch.compile(chunk_losses, backend=settings.backend) if is_compiled else None
-    return SpeechLoss(build_speech_tokenizer(job_config).vocabulary, meter, weights, chunk_step)
+    vocabulary = build_speech_tokenizer(job_config).vocabulary
+    return SpeechLoss(vocabulary, meter, weights, len(job_config.data.tasks), chunk_step)
 
 
 def build_validator(job_config: Any, **kwargs: Any) -> SpeechValidator:
-    loss_fn = build_loss(job_config, _validation_meter, [1.0] * job_config.codec.num_quantizers)
+    loss_fn = build_loss(job_config, _validation_meter, [1.0] * (job_config.codec.num_quantizers + 1))
     return SpeechValidator(job_config=job_config, **kwargs | {"loss_fn": loss_fn})
 
 
@@ -75,7 +78,7 @@ def build_metrics(job_config: Any, parallel_dims: ParallelDims, model_args: Llam
     frame_rate_hz = codec_config.sampling_rate / codec_config.frame_size
     row_seconds = job_config.training.seq_len // tokenizer.positions_per_frame / frame_rate_hz
     seconds = min(job_config.data.max_audio_seconds, row_seconds)
-    training = {"task": job_config.data.task, "max_audio_seconds": seconds}
+    training = {"tasks": job_config.data.tasks, "max_audio_seconds": seconds}
     config = speech_config(model_args, tokenizer, codec.name, codec.sliding_window, **training)
     save_run_record(job_config.job.dump_folder, config, tokenizer)
     meters: dict[str, Any] = {"guard": _guard, "validation": _validation_meter, "data": _data_meter}

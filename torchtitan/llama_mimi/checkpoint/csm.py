@@ -28,6 +28,8 @@ def csm_config(args: LlamaMimiArgs, **extra: Any) -> CsmConfig:
     codec = load_codec_config(extra["codec"], args.num_quantizers)
     codec.num_quantizers = args.num_quantizers  # transformers encodes prompts with all levels of this codec
     vocabulary = args.vocabulary
+    if args.predicts_text:
+        extra["text_head"] = "tied" if args.enable_weight_tying else "separate"
     network, depth = hf_config(args), hf_config(args.depth)
     levels = {"num_codebooks": args.num_quantizers, "vocab_size": args.codebook_size + 1}
     return CsmConfig(
@@ -55,7 +57,9 @@ def csm_config(args: LlamaMimiArgs, **extra: Any) -> CsmConfig:
 def csm_args(config: CsmConfig) -> LlamaMimiArgs:
     """Return the model arguments for a configuration (inverse of `csm_config`)."""
     args = model_args(config)
-    args.vocab_size, args.enable_weight_tying = config.text_vocab_size, False
+    text_head = getattr(config, "text_head", None)
+    args.vocab_size, args.enable_weight_tying = config.text_vocab_size, text_head == "tied"
+    args.predicts_text = text_head is not None
     args.architecture, args.depth = "hierarchical", model_args(config.depth_decoder_config)
     args.num_quantizers, args.codebook_size = config.num_codebooks, config.vocab_size - 1
     return args
@@ -75,15 +79,21 @@ def csm_state(state: dict[str, torch.Tensor], args: LlamaMimiArgs) -> dict[str, 
     rows = torch.cat([ids_KQ, torch.full((1, Q), vocabulary.audio_end_id)]).T.flatten()
     table_VD = state["tok_embeddings.weight"]
     codes_QD = table_VD[rows]
+    output_VD = state.get("output.weight", table_VD)
+    text_head = {"text_head.weight": output_VD} if args.predicts_text and not args.enable_weight_tying else {}
     heads_qVD = state["depth.heads.weight"].unflatten(0, (Q - 1, -1))
-    return theirs | {
-        "embed_text_tokens.weight": table_VD,
-        f"{BACKBONE}.embed_tokens.embed_audio_tokens.weight": codes_QD,
-        f"{DEPTH}.embed_tokens.weight": codes_QD,
-        "lm_head.weight": state["output.weight"],
-        f"{DEPTH}.inputs_embeds_projector.weight": state["depth.projection.weight"],
-        "depth_decoder.codebooks_head.weight": heads_qVD.transpose(1, 2).contiguous(),
-    }
+    return (
+        theirs
+        | text_head
+        | {
+            "embed_text_tokens.weight": table_VD,
+            f"{BACKBONE}.embed_tokens.embed_audio_tokens.weight": codes_QD,
+            f"{DEPTH}.embed_tokens.weight": codes_QD,
+            "lm_head.weight": output_VD[rows[: K + 1]] if args.predicts_text else output_VD,
+            f"{DEPTH}.inputs_embeds_projector.weight": state["depth.projection.weight"],
+            "depth_decoder.codebooks_head.weight": heads_qVD.transpose(1, 2).contiguous(),
+        }
+    )
 
 
 def codec_state(config: CsmConfig, codec: str) -> dict[str, torch.Tensor]:

@@ -125,8 +125,8 @@ class LlamaMimiStateDictAdapter(Llama3StateDictAdapter):
         return reader
 
     def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        if self.model_args.architecture == "hierarchical":  # a Llama has only backbone and embeddings
-            parts = ("layers.", "norm.", "tok_embeddings.")
+        if self.model_args.architecture == "hierarchical":  # a Llama lacks the depth decoder
+            parts = ("layers.", "norm.", "tok_embeddings.", *["output."] * self.model_args.predicts_text)
             state_dict = {key: weight for key, weight in state_dict.items() if key.startswith(parts)}
         return super().to_hf(state_dict)
 

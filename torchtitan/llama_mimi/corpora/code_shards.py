@@ -48,13 +48,10 @@ class CodedClip:
     audio_hash: bytes | None = None  # hash of the samples, 16 bytes
 
 
-Clip = AudioClip | CodedClip | SkippedClip
-
-
-def encode_clips(codec: MimiCodec, clips: Sequence[Clip]) -> list[CodedClip | SkippedClip]:
-    """Encode audio clips; clips that are already encoded or skipped are returned unchanged."""
+def encode_clips(codec: MimiCodec, clips: Sequence[Any]) -> list[Any]:
+    """Replace each `AudioClip` by a `CodedClip`; other items are returned unchanged."""
     codes = iter(codec.encode_many([torch.from_numpy(clip.samples_S) for clip in clips if isinstance(clip, AudioClip)]))
-    encoded: list[CodedClip | SkippedClip] = []
+    encoded: list[Any] = []
     for clip in clips:
         if isinstance(clip, AudioClip):
             codes_TQ, seconds = next(codes).numpy().astype(np.uint16), len(clip.samples_S) / codec.sample_rate_hz
@@ -126,7 +123,7 @@ class CodeCorpus:
         own = {"sha256": codec_hash(self.codec), "sliding_window": self.sliding_window}
         require_same({"codec": made_by}, {"codec": own}, what, remedy)
         if self.with_text and "text" not in self.manifest["columns"]:
-            raise UserError(f"{what} does not contain text, but data.task is 'tts'; set data.task to 'a2a'")
+            raise UserError(f"{what} does not contain text; set data.tasks to ['audio']")
         sizes = sizes_in(self.name)
         for shard in self.manifest["shards"]:
             if (size := sizes.get(shard["file"])) != shard["bytes"]:

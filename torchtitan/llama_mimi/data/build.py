@@ -3,15 +3,19 @@
 import dataclasses
 from typing import Any
 
+from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import device_type
 
 from llama_mimi.audio.mimi import DTYPES, MimiCodec, load_codec_config, whole_frames
+from llama_mimi.common.choices import Task
 from llama_mimi.common.errors import UserError
 from llama_mimi.corpora.clips import AudioReader
-from llama_mimi.corpora.code_shards import CodeCorpus, is_store
+from llama_mimi.corpora.code_shards import CodeCorpus, is_store, read_manifest
 from llama_mimi.corpora.formats import open_source
+from llama_mimi.corpora.texts import TextCorpus
+from llama_mimi.corpora.utterances import UtteranceCorpus
 from llama_mimi.data.dataloader import ClipOrder, DataMeter, SpeechDataLoader
-from llama_mimi.data.order import ClipReader, RowsInOrder, ShuffledOrder
+from llama_mimi.data.order import RowsInOrder, ShuffledOrder, Stream
 from llama_mimi.data.packing import BatchPacker
 from llama_mimi.tokens.tokenizer import SpeechTokenizer
 
@@ -31,25 +35,25 @@ def build_dataloader(
     packing have comparable losses.
     """
     data, section = job_config.data, job_config.validation if is_validation else job_config.training
-    readers = open_readers(job_config, section)
+    streams, fractions = open_streams(job_config, section)
     ranks = dp_rank, dp_world_size
     order: ClipOrder
     if is_validation:
-        order = RowsInOrder(readers[0].rows_per_unit, *ranks, data.validation_clips)
+        order = RowsInOrder(streams, *ranks, data.validation_clips)
     else:
-        fractions = _clip_fractions(readers, data.weights, data.max_audio_seconds)
-        order = ShuffledOrder(readers, fractions, *ranks, data.shuffle_window, job_config.debug.seed or 0)
+        order = ShuffledOrder(streams, fractions, *ranks, data.shuffle_window, job_config.debug.seed or 0)
     is_packed, shape = data.packing == "pack", (section.local_batch_size, section.seq_len)
     packer = BatchPacker(tokenizer, *shape, is_packed=is_packed and not is_validation, has_positions=is_packed)
     codec, own = None, job_config.codec
-    if any(isinstance(reader, AudioReader) for reader in readers):
+    if any(isinstance(stream.reader, AudioReader) for stream in streams):
         codec = MimiCodec(own.name, own.num_quantizers, device_type, DTYPES[own.dtype], own.sliding_window)
     options = {
+        "tasks": data.tasks,
         "workers": dataclasses.asdict(section.dataloader),
         "max_skip_fraction": data.max_skip_fraction,
         "depth_train_fraction": 1.0 if is_validation else job_config.model.depth_train_fraction,
     }
-    return SpeechDataLoader(readers, order, packer, codec, meter=meter or DataMeter(), **options)
+    return SpeechDataLoader(streams, order, packer, codec, meter=meter or DataMeter(), **options)
 
 
 def dataset_names(section: Any) -> list[str]:
@@ -62,31 +66,50 @@ def chosen_split(job_config: Any, section: Any) -> str | None:
     return job_config.data.split if section is job_config.training else job_config.data.validation_split
 
 
-def open_readers(job_config: Any, section: Any) -> list[ClipReader]:
-    """Open each corpus of ``[training]`` or ``[validation]``, as audio or as codes."""
-    data, codec = job_config.data, job_config.codec
+def open_streams(job_config: Any, section: Any) -> tuple[list[Stream], list[float]]:
+    """Open the corpora of ``[training]`` or ``[validation]`` for each task; return relative numbers of clips."""
+    data = job_config.data
+    streams: list[Stream] = []
+    fractions: list[float] = []
+    for task, weight in zip(data.tasks, data.task_weights or [1.0] * len(data.tasks), strict=True):
+        if task == "text":
+            is_training = section is job_config.training
+            name = data.text_dataset if is_training else data.validation_text_dataset
+            some = [TextCorpus(name, data.text_column)] if name else []
+            of_task = [1.0] * len(some)
+        else:
+            some, of_task = _open_audio(job_config, section, task)
+        streams += [Stream(task, reader) for reader in some]
+        fractions += [weight * fraction / sum(of_task) for fraction in of_task]
+    return streams, fractions
+
+
+def _open_audio(job_config: Any, section: Any, task: Task) -> tuple[list[Any], list[float]]:
+    """Open the corpora of audio or codes for a task. A task with texts uses only the folders of codes with texts."""
+    data, codec, names = job_config.data, job_config.codec, dataset_names(section)
     config = load_codec_config(codec.name, codec.num_quantizers)
-    max_frames, with_text = whole_frames(data.max_audio_seconds, config), data.task == "tts"
+    max_frames, with_text = whole_frames(data.max_audio_seconds, config), task != "audio"
     text_column, split = data.text_column if with_text else None, chosen_split(job_config, section)
     wanted: dict[str, Any] = {"max_frames": max_frames, "with_text": with_text}
-    readers: list[ClipReader] = []
-    for name in dataset_names(section):
+    weights = dict(zip(names, data.weights, strict=True)) if section is job_config.training and data.weights else {}
+    if with_text and len(names) > 1:
+        have_text = [name for name in names if "text" in read_manifest(name)["columns"]]
+        if left_out := ", ".join(name for name in names if name not in have_text):
+            logger.info(f"the task '{task}' does not use {left_out}, because these corpora do not contain text")
+        names = have_text or names[:1]  # opening a corpus without text raises an error
+    readers: list[Any] = []
+    for name in names:
         if is_store(name):
-            readers.append(CodeCorpus(name, codec.name, codec.num_quantizers, codec.sliding_window, **wanted))
+            kind = UtteranceCorpus if task == "interleaved" else CodeCorpus
+            readers.append(kind(name, codec.name, codec.num_quantizers, codec.sliding_window, **wanted))
+        elif task == "interleaved":
+            raise UserError(f"the task 'interleaved' needs tokenised corpora; tokenise '{name}', or remove the task")
         else:
             source = open_source(name, section.dataset_path, data.audio_column, text_column, split=split)
             rate_hz, frame_size = config.sampling_rate, config.frame_size
             readers.append(AudioReader(source, sample_rate_hz=rate_hz, frame_size=frame_size, **wanted))
-    return readers
-
-
-def _clip_fractions(readers: list[ClipReader], weights: list[float], max_audio_seconds: float) -> list[float]:
-    """Return the relative number of clips to draw from each corpus. ``weights``: their fractions of the audio time."""
     if not weights or len(readers) == 1:
-        return [float(reader.rows_per_unit.sum()) for reader in readers]
-    fractions = []
-    for weight, reader in zip(weights, readers, strict=True):
-        if not isinstance(reader, CodeCorpus):
-            raise UserError(f"data.weights needs tokenised corpora; tokenise '{reader.name}', or remove data.weights")
-        fractions.append(weight / reader.mean_seconds(max_audio_seconds))
-    return fractions
+        return readers, [float(reader.rows_per_unit.sum()) for reader in readers]
+    if audio := [reader.name for reader in readers if isinstance(reader, AudioReader)]:
+        raise UserError(f"data.weights needs tokenised corpora; tokenise '{audio[0]}', or remove data.weights")
+    return readers, [weights[reader.name] / reader.mean_seconds(data.max_audio_seconds) for reader in readers]

@@ -19,10 +19,11 @@ from llama_mimi.common.distributed import gather
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.resume import require_same
 from llama_mimi.corpora.clips import MAX_NAMED_CLIPS, MIN_JUDGED_CLIPS, SkippedClip, is_too_many, read_in_workers
-from llama_mimi.corpora.code_shards import Clip, CodedClip, encode_clips
-from llama_mimi.data.order import ClipReader, ClipRef, Position, RowsInOrder, ShuffledOrder, reshard
+from llama_mimi.corpora.code_shards import encode_clips
+from llama_mimi.data.examples import Encoded, ExampleBuilder
+from llama_mimi.data.order import ClipRef, Position, RowsInOrder, ShuffledOrder, Stream, reshard
 from llama_mimi.data.packing import BatchPacker
-from llama_mimi.tokens.tokenizer import Batch
+from llama_mimi.tokens.tokenizer import IGNORE_INDEX, Batch
 
 CLIPS_PER_REPORT = 1000
 MIN_CHUNK = 8  # minimum number of clips that a worker reads, and the codec encodes, at once
@@ -38,22 +39,22 @@ class ClipStream:
     audio is divided among the workers, but each worker reads most of the files.
     """
 
-    readers: Sequence[ClipReader]
+    streams: Sequence[Stream]
     order: ClipOrder
     chunk_size: int
 
-    def __iter__(self) -> Iterator[list[tuple[ClipRef, Clip]]]:
+    def __iter__(self) -> Iterator[list[tuple[ClipRef, Any]]]:
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        units: dict[tuple[int, int, int], Sequence[Any]] = {}  # rows of the current window of each corpus
+        units: dict[tuple[int, int, int], Sequence[Any]] = {}  # rows of the current window of each stream
         refs = iter(self.order)
         chunks = iter(lambda: list(islice(refs, self.chunk_size)), [])
         for chunk in islice(chunks, first, None, step):
-            clips: list[tuple[ClipRef, Clip]] = []
+            clips: list[tuple[ClipRef, Any]] = []
             for ref in chunk:
-                reader, key = self.readers[ref.corpus], ref[:3]
+                reader, key = self.streams[ref.stream].reader, ref[:3]
                 if key not in units:
-                    units = {k: rows for k, rows in units.items() if k[0] != ref.corpus or k[1] == ref.window}
+                    units = {k: rows for k, rows in units.items() if k[0] != ref.stream or k[1] == ref.window}
                     units[key] = reader.read(ref.unit)
                 clips += [(ref, clip) for clip in reader.clips(units[key][ref.row])]
             yield clips
@@ -72,11 +73,12 @@ class DataMeter:
 class SpeechDataLoader(BaseDataLoader):
     """Dataloader of token ids: endless with a `ShuffledOrder`, one pass with `RowsInOrder`."""
 
-    readers: Sequence[ClipReader]
+    streams: Sequence[Stream]
     order: ClipOrder
     packer: BatchPacker
     codec: MimiCodec | None = None  # None if all corpora are tokenised
     _: KW_ONLY
+    tasks: Sequence[str] = ("audio",)  # all tasks of the run
     workers: Mapping[str, Any]  # arguments of PyTorch's DataLoader
     max_skip_fraction: float = 0.0  # allowed fraction of unusable clips
     depth_train_fraction: float = 1.0  # fraction of frames that train the depth decoder (hierarchical model)
@@ -84,28 +86,33 @@ class SpeechDataLoader(BaseDataLoader):
 
     def __post_init__(self) -> None:
         self.counts: Counter[str] = Counter()  # clips read, cut, and skipped by reason
-        self.num_clips = sum(int(reader.rows_per_unit.sum()) for reader in self.readers)
+        self.num_clips = sum(int(stream.reader.rows_per_unit.sum()) for stream in self.streams)
         self.meter.num_clips = self.meter.num_frames = 0
-        self.dataset = ", ".join(reader.name for reader in self.readers)
+        self._builder = ExampleBuilder(self.packer.tokenizer)
+        self.dataset = ", ".join(dict.fromkeys(stream.reader.name for stream in self.streams))
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield batches; the last batch is padded. Raise a `UserError` if too many clips are unusable."""
         packer = self.packer
         for ref, clip in self._clips():
-            if isinstance(clip, CodedClip) and clip.text is not None and (why := packer.no_room(clip.text)):
-                clip = SkippedClip("text too long", f"'{clip.name}' cannot be used: {why}")
-            if not ref.frame:  # a clip is counted once, with its first frame
+            task = self.streams[ref.stream].task
+            if not isinstance(clip, SkippedClip):
+                example = self._builder.build(task, clip, starts_with_text=(ref.window + ref.row) % 2 == 0)
+                is_too_long = task == "asr" and clip.is_cut
+                why = "its audio is cut, but not its text" if is_too_long else packer.no_room(example)
+                clip = clip if why is None else SkippedClip("too long", f"'{clip.name}' cannot be used: {why}")
+            if not ref.start:  # a clip is counted once, with its first frame
                 self._count(clip)
-            if isinstance(clip, SkippedClip) or ref.frame >= len(clip.codes_TQ):  # max_audio_seconds was lowered
+            num_units = 0 if isinstance(clip, SkippedClip) else len(example.ends_U)
+            if ref.start >= num_units:  # also if max_audio_seconds was lowered
                 self._advance(ref)
                 continue
-            frame, num_frames = ref.frame, len(clip.codes_TQ)
-            is_deep_T = self._deep_frames(ref, num_frames)
-            while frame < num_frames:
-                rest_T = None if is_deep_T is None else is_deep_T[frame:]
-                frame += packer.add(clip.codes_TQ[frame:], is_cut=clip.is_cut, text=clip.text, is_deep_T=rest_T)
-                self._advance(ref, frame if frame < num_frames else None)
-                if packer.is_full:
+            self._train_some_frames(ref, example.labels_NW)
+            unit = ref.start
+            while unit < num_units:
+                begun, unit = unit, packer.add(example, unit, self.tasks.index(task))
+                self._advance(ref, unit if unit < num_units else None)
+                if packer.is_full or unit == begun:
                     yield self._next_batch()
         self._judge(is_end=True)
         if not packer.is_empty:
@@ -139,9 +146,9 @@ class SpeechDataLoader(BaseDataLoader):
         if self.order.dp_rank == 0:
             self.counts, self.meter.num_frames = Counter(state["counts"]), state["frames"]
 
-    def _clips(self) -> Iterator[tuple[ClipRef, CodedClip | SkippedClip]]:
-        """Yield the clips as codes, with their positions."""
-        stream = ClipStream(self.readers, self.order, max(self.packer.batch_size, MIN_CHUNK))
+    def _clips(self) -> Iterator[tuple[ClipRef, Any]]:
+        """Yield the clips as codes (or texts, or utterances), with their positions."""
+        stream = ClipStream(self.streams, self.order, max(self.packer.batch_size, MIN_CHUNK))
         for chunk in read_in_workers(stream, **self.workers):
             refs, clips = [ref for ref, _ in chunk], [clip for _, clip in chunk]
             if self.codec is not None:
@@ -150,19 +157,20 @@ class SpeechDataLoader(BaseDataLoader):
                 self.meter.codec_seconds += time.perf_counter() - start
             yield from zip(refs, clips, strict=True)
 
-    def _deep_frames(self, ref: ClipRef, num_frames: int) -> np.ndarray | None:
-        """Return a mask (T + 1,) of the T frames and the end of the clip; True where the depth decoder is trained."""
+    def _train_some_frames(self, ref: ClipRef, labels_NW: np.ndarray) -> None:
+        """Draw the frames (and ends) that train the depth decoder, and remove the other labels of levels 1 to Q - 1."""
         if self.depth_train_fraction == 1:
-            return None
+            return
         assert isinstance(self.order, ShuffledOrder)
+        rows_N = (labels_NW[:, 1] != IGNORE_INDEX).nonzero()[0]
         generator = np.random.default_rng((self.order.seed, *ref[:4]))
-        return generator.random(num_frames + 1) < self.depth_train_fraction
+        labels_NW[rows_N[generator.random(len(rows_N)) >= self.depth_train_fraction], 1:] = IGNORE_INDEX
 
-    def _advance(self, ref: ClipRef, frame: int | None = None) -> None:
-        """Move the position to ``frame`` of this clip, or to the next clip if ``frame`` is None."""
+    def _advance(self, ref: ClipRef, unit: int | None = None) -> None:
+        """Move the position to ``unit`` of this clip, or to the next clip if ``unit`` is None."""
         if isinstance(self.order, ShuffledOrder):
-            if frame is not None:
-                self.order.use_frames(frame)
+            if unit is not None:
+                self.order.use_frames(unit)
             else:
                 assert self.order.next_clip()[:4] == ref[:4], "the clips are not in order"
 
@@ -171,7 +179,7 @@ class SpeechDataLoader(BaseDataLoader):
         self.meter.num_frames += self.packer.num_frames
         return self.packer.pop()
 
-    def _count(self, clip: CodedClip | SkippedClip) -> None:
+    def _count(self, clip: Encoded | SkippedClip) -> None:
         """Count a clip, and log its name if it is skipped or has warnings."""
         counts = self.counts
         counts["read"] += 1

@@ -10,13 +10,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from llama_mimi.common.choices import Task
 from llama_mimi.corpora.clips import AudioReader
 from llama_mimi.corpora.code_shards import CodeCorpus
+from llama_mimi.corpora.texts import TextCorpus
+from llama_mimi.corpora.utterances import CLIPS_PER_BLOCK, UtteranceCorpus
 
-ClipReader = AudioReader | CodeCorpus
 
-# An additive recurrence with the golden ratio spreads the draws of each corpus evenly: after any number of draws, the
-# number from each corpus is exact to a few clips (Kuipers and Niederreiter, Uniform Distribution of Sequences, 1974).
+class Stream(NamedTuple):
+    """A corpus that is read for a task. For a second task, the same corpus is a second stream."""
+
+    task: Task
+    reader: AudioReader | CodeCorpus | TextCorpus
+
+
+# An additive recurrence with the golden ratio spreads the draws of each stream evenly: after any number of draws, the
+# number from each stream is exact to a few clips (Kuipers and Niederreiter, Uniform Distribution of Sequences, 1974).
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 MIN_WINDOWS = 64  # minimum number of windows in an epoch, if the corpus has that many units
@@ -26,11 +35,11 @@ CACHED_WINDOWS = 4  # enough for a loader that reads ahead of training
 class ClipRef(NamedTuple):
     """Position of a row in the order and in its corpus."""
 
-    corpus: int
+    stream: int
     window: int
     unit: int
     row: int
-    frame: int = 0  # first unused frame
+    start: int = 0  # first unused frame; for a text or utterances, see `ExampleBuilder`
 
 
 @dataclass(order=True)
@@ -39,12 +48,12 @@ class BegunWindow:
 
     window: int
     rows_used: int = 0
-    frames_used: int = 0  # used frames of the next row
+    frames_used: int = 0  # used frames (or other units) of the next row
 
 
 @dataclass
 class Cursor:
-    """Position of one rank in one corpus."""
+    """Position of one rank in one stream."""
 
     begun: list[BegunWindow] = field(default_factory=list)  # windows to finish first
     next_window: int = 0  # this rank's first unused window
@@ -52,7 +61,7 @@ class Cursor:
 
 @dataclass
 class Position:
-    """Position of one rank in a mixture of corpora."""
+    """Position of one rank in a mixture of streams."""
 
     drawn: int  # number of clips so far
     cursors: list[Cursor]
@@ -94,14 +103,14 @@ class CorpusOrder:
 
 @dataclass
 class ShuffledOrder:
-    """Endless sequence of clips for one rank; ``fractions`` are the relative numbers of clips from each corpus.
+    """Endless sequence of clips for one rank; ``fractions`` are the relative numbers of clips from each stream.
 
     Windows are numbered across epochs, and rank k of W reads windows k, k + W, k + 2 W. A permutation depends
     only on the seed and on the number of the epoch or window. So a position consists only of the rank's partly
     used windows and its next window. `reshard` divides the remaining windows among another number of ranks.
     """
 
-    readers: Sequence[ClipReader]
+    streams: Sequence[Stream]
     fractions: Sequence[float]
     dp_rank: int
     dp_world_size: int
@@ -109,11 +118,15 @@ class ShuffledOrder:
     seed: int
 
     def __post_init__(self) -> None:
-        corpora, window, seed = [reader.fingerprint for reader in self.readers], self.shuffle_window, self.seed
-        self.fingerprint = {"corpora": corpora, "shuffle_window": window, "seed": seed}
-        self._orders = [CorpusOrder(reader.rows_per_unit, window, seed + k) for k, reader in enumerate(self.readers)]
+        tasks, readers = zip(*self.streams, strict=True)
+        corpora, window, seed = [reader.fingerprint for reader in readers], self.shuffle_window, self.seed
+        self.fingerprint = {"corpora": corpora, "tasks": list(tasks), "shuffle_window": window, "seed": seed}
+        self._orders = []
+        for number, reader in enumerate(readers):
+            num_rows = window // CLIPS_PER_BLOCK if isinstance(reader, UtteranceCorpus) else window
+            self._orders.append(CorpusOrder(reader.rows_per_unit, num_rows, seed + number))
         self._bounds = (np.cumsum(self.fractions)[:-1] / np.sum(self.fractions)).tolist()
-        self.position = Position(0, [Cursor(next_window=self.dp_rank) for _ in self.readers])
+        self.position = Position(0, [Cursor(next_window=self.dp_rank) for _ in self.streams])
 
     def __iter__(self) -> Iterator[ClipRef]:
         """Yield the next clips without moving the position."""
@@ -124,11 +137,11 @@ class ShuffledOrder:
 
     def next_clip(self) -> ClipRef:
         """Return the next clip and move the position past it."""
-        corpus, begun = self._upcoming()
+        stream, begun = self._upcoming()
         place = begun[0]
-        rows_N2 = self._orders[corpus].rows(place.window)
+        rows_N2 = self._orders[stream].rows(place.window)
         unit, row = rows_N2[place.rows_used].tolist()
-        ref = ClipRef(corpus, place.window, unit, row, place.frames_used)
+        ref = ClipRef(stream, place.window, unit, row, place.frames_used)
         place.rows_used, place.frames_used = place.rows_used + 1, 0
         if place.rows_used == len(rows_N2):
             begun.pop(0)
@@ -136,31 +149,35 @@ class ShuffledOrder:
         return ref
 
     def use_frames(self, num_frames: int) -> None:
-        """Record that ``num_frames`` frames of the next clip have been used."""
+        """Record that ``num_frames`` frames (or other units) of the next clip have been used."""
         self._upcoming()[1][0].frames_used = num_frames
 
     def _upcoming(self) -> tuple[int, list[BegunWindow]]:
-        """Return the corpus of the next clip, and the partly used windows of this corpus in reading order."""
-        corpus = bisect(self._bounds, (self.position.drawn * _GOLDEN) % 1.0)
-        cursor = self.position.cursors[corpus]
+        """Return the stream of the next clip, and the partly used windows of this stream in reading order."""
+        stream = bisect(self._bounds, (self.position.drawn * _GOLDEN) % 1.0)
+        cursor = self.position.cursors[stream]
         if not cursor.begun:
             cursor.begun.append(BegunWindow(cursor.next_window))
             cursor.next_window += self.dp_world_size
-        return corpus, cursor.begun
+        return stream, cursor.begun
 
 
 @dataclass(frozen=True)
 class RowsInOrder:
-    """Rows of a corpus in order. Each of W ranks reads every W-th row of the first ``limit`` rows (-1: all rows)."""
+    """First ``limit`` rows (-1: all rows) of each stream, in order. Each of W ranks reads every W-th row."""
 
-    rows_per_unit: np.ndarray
+    streams: Sequence[Stream]
     dp_rank: int = 0
     dp_world_size: int = 1
     limit: int = -1
 
     def __iter__(self) -> Iterator[ClipRef]:
-        rows = (ClipRef(0, u, u, row) for u, n in enumerate(self.rows_per_unit.tolist()) for row in range(n))
-        return itertools.islice(rows, self.dp_rank, None if self.limit == -1 else self.limit, self.dp_world_size)
+        for number, stream in enumerate(self.streams):
+            units = enumerate(stream.reader.rows_per_unit.tolist())
+            rows = (ClipRef(number, unit, unit, row) for unit, size in units for row in range(size))
+            yield from itertools.islice(
+                rows, self.dp_rank, None if self.limit == -1 else self.limit, self.dp_world_size
+            )
 
 
 def reshard(positions: Sequence[Position], dp_world_size: int) -> list[Position]:

@@ -35,8 +35,7 @@ def parallelize(model: LlamaMimi, parallel_dims: ParallelDims, job_config: Any) 
     if isinstance(model, HierarchicalLlamaMimi):
         prepare_depth_decoder(model.depth, job_config)
     model = parallelize_llama(model, parallel_dims, job_config)
-    output = model.tok_embeddings if model.is_tied else model.output
-    if isinstance(output, FSDPModule):  # the loss reads this matrix, so keep it gathered
+    if isinstance(output := model.output_layer, FSDPModule):  # the loss reads this matrix, so keep it gathered
         output.set_reshard_after_forward(False)
     if not torch.cuda.is_available():
         for module in model.modules():

@@ -35,8 +35,8 @@ class LazyLogits:
     weight_VD: torch.Tensor  # a DTensor sharded by rows under tensor parallelism
 
     def heads(self, labels_BL: torch.Tensor, vocabulary: AudioVocabulary) -> list[tuple["LazyLogits", "Targets"]]:
-        """Return the lazy logits and the targets of each output matrix. Labels are ids or `IGNORE_INDEX`."""
-        return [(self, audio_targets(labels_BL, vocabulary))]
+        """Return the lazy logits and the targets of each output matrix. Labels: see `SpeechTokenizer.batch`."""
+        return [(self, vocabulary_targets(labels_BL, vocabulary))]
 
     @property
     def placements(self) -> tuple[Shard]:
@@ -57,19 +57,27 @@ class Targets:
 
     positions_N: torch.Tensor  # in the flattened batch
     entries_N: torch.Tensor
-    levels_N: torch.Tensor  # quantizer level; 0 for the end of the speech
-    rows_N: torch.Tensor  # row in `LevelMeter`: the level, Q for the end, or Q + 1 to record nothing
-    admissible_QC: torch.Tensor  # valid entries of each level, filled with -1 to the same length
+    levels_N: torch.Tensor  # quantizer level; 0 for the end of the speech; Q for text (all ids except audio tokens)
+    rows_N: torch.Tensor  # row in `LevelMeter`; 0 to record nothing, else the result of `meter_rows`
+    admissible_QC: torch.Tensor  # valid entries of each level (and of text), filled with -1 to the same length
 
 
-def audio_targets(labels_BL: torch.Tensor, vocabulary: AudioVocabulary) -> Targets:
-    """Return the targets of an output matrix that covers the whole vocabulary. Labels are ids or `IGNORE_INDEX`."""
-    labels_N = labels_BL.flatten()
+def meter_rows(tasks_N: torch.Tensor, kinds_N: torch.Tensor, num_quantizers: int) -> torch.Tensor:
+    """Return the row of a target in `LevelMeter`. ``kinds_N``: the level, Q for ``</audio>``, or Q + 1 for text."""
+    return 1 + tasks_N * (num_quantizers + 2) + kinds_N
+
+
+def vocabulary_targets(labels_BL: torch.Tensor, vocabulary: AudioVocabulary) -> Targets:
+    """Return the targets of an output matrix that covers the whole vocabulary. Labels: see `SpeechTokenizer.batch`."""
+    labels_N, Q = labels_BL.flatten(), vocabulary.num_quantizers
     positions_N = (labels_N != IGNORE_INDEX).nonzero()[:, 0]
-    ids_N = labels_N[positions_N]
-    is_audio_N, level_N = vocabulary.is_audio(ids_N), vocabulary.level(ids_N)
-    rows_N = torch.where(is_audio_N, level_N, vocabulary.num_quantizers)
-    return Targets(positions_N, ids_N, level_N * is_audio_N, rows_N, vocabulary.admissible_ids(ids_N.device))
+    tasks_N, ids_N = labels_N[positions_N] // vocabulary.size, labels_N[positions_N] % vocabulary.size
+    is_audio_N, is_end_N = vocabulary.is_audio(ids_N), ids_N == vocabulary.audio_end_id
+    levels_N = torch.where(is_audio_N, vocabulary.level(ids_N), torch.where(is_end_N, 0, Q))
+    rows_N = meter_rows(tasks_N, torch.where(is_audio_N, levels_N, Q + ~is_end_N), Q)
+    ids_QC = vocabulary.admissible_ids(ids_N.device)
+    # Bits per second are computed for audio only, so any valid entries will do for text.
+    return Targets(positions_N, ids_N, levels_N, rows_N, torch.cat([ids_QC, ids_QC[:1]]))
 
 
 class PendingOutput(nn.Linear):

@@ -3,7 +3,8 @@
 At each position, the backbone reads one text token or one frame (the sum of the embeddings of Q audio tokens). The
 backbone predicts level 0 of the next frame, or the end of the speech. The depth decoder predicts levels 1 to Q - 1
 from the backbone's hidden state and the codes of lower levels. CsmForConditionalGeneration of transformers computes
-the same logits. The end of speech is a frame with code K at every level, as CSM expects. N: number of frames that
+the same logits. The end of speech is a frame with code K at every level, as CSM expects. If a training task predicts
+text, the output matrix of the backbone covers the whole vocabulary, as in a flattened model. N: number of frames that
 train the depth decoder.
 """
 
@@ -20,7 +21,14 @@ from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list, apply_
 from torchtitan.models.llama3.model.model import TransformerBlock, precompute_freqs_cis
 
 from llama_mimi.common.attention import explicit_attention
-from llama_mimi.model.cross_entropy import LazyLogits, PendingOutput, Targets, pending_logits
+from llama_mimi.model.cross_entropy import (
+    LazyLogits,
+    PendingOutput,
+    Targets,
+    meter_rows,
+    pending_logits,
+    vocabulary_targets,
+)
 from llama_mimi.model.llama import LlamaMimi, LlamaMimiArgs, forward_flops, num_weights
 from llama_mimi.tokens.tokenizer import IGNORE_INDEX
 from llama_mimi.tokens.vocabulary import AudioVocabulary
@@ -40,7 +48,7 @@ class HierarchicalOutput:
 
     def heads(self, labels_BLQ: torch.Tensor, vocabulary: AudioVocabulary) -> list[tuple[LazyLogits, Targets]]:
         """See `LazyLogits.heads`."""
-        labels_NQ = labels_BLQ.flatten(0, 1)
+        labels_NQ, Q = labels_BLQ.flatten(0, 1), vocabulary.num_quantizers
         frames_NQ = labels_NQ[self.depth_N]
         is_target_N, is_deep_N = labels_NQ[:, 0] != IGNORE_INDEX, frames_NQ[:, 1] != IGNORE_INDEX
         places = [is_target_N.nonzero()[:, 0], is_deep_N.nonzero()[:, 0]]  # levels 1 to Q - 1 share positions
@@ -48,12 +56,16 @@ class HierarchicalOutput:
         admissible_QC = torch.where(ids_QC < 0, -1, vocabulary.entries(ids_QC))
         heads = []
         for level, logits in enumerate([self.level_0, *self.levels]):
+            if len(logits.weight_VD) == vocabulary.size:  # the backbone of a model that predicts text
+                heads.append((logits, vocabulary_targets(labels_NQ[:, 0], vocabulary)))
+                continue
             positions_N = places[level > 0]
-            ids_N = (frames_NQ if level else labels_NQ)[positions_N, level]
-            entries_N = vocabulary.entries(ids_N)
+            labels_N = (frames_NQ if level else labels_NQ)[positions_N, level]
+            tasks_N, entries_N = labels_N // vocabulary.size, vocabulary.entries(labels_N % vocabulary.size)
             is_end_N = entries_N == vocabulary.codebook_size
+            rows_N = meter_rows(tasks_N, torch.where(is_end_N, Q, level), Q)
             # The end counts as one target. Losses of its levels above 0 train the decoder, but are not recorded.
-            rows_N = torch.where(is_end_N, vocabulary.num_quantizers + (level > 0), level)
+            rows_N = rows_N * ~is_end_N if level else rows_N
             levels_N = torch.full_like(rows_N, level)
             heads.append((logits, Targets(positions_N, entries_N, levels_N, rows_N, admissible_QC)))
         return heads
@@ -132,8 +144,9 @@ class HierarchicalLlamaMimi(LlamaMimi):
 
     def __init__(self, model_args: LlamaMimiArgs) -> None:
         super().__init__(model_args)
-        self.is_tied = False
-        self.output = PendingOutput(model_args.dim, model_args.codebook_size + 1, bias=False)
+        if not model_args.predicts_text:
+            self.is_tied = False
+            self.output = PendingOutput(model_args.dim, model_args.codebook_size + 1, bias=False)
         self.depth = DepthDecoder(model_args)
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
@@ -144,7 +157,7 @@ class HierarchicalLlamaMimi(LlamaMimi):
     def flops_per_target(self, seq_len: int) -> int:
         """Return the training FLOPs per target: FLOPs per frame, divided by the mean number of targets per frame."""
         args, depth, Q = self.model_args, self.depth, self.model_args.num_quantizers
-        backbone = forward_flops(num_weights(self.layers, self.norm, self.output), args, seq_len)
+        backbone = forward_flops(num_weights(self.layers, self.norm, self.output_layer), args, seq_len)
         level = forward_flops(num_weights(depth.layers, depth.norm, depth.projection), depth.args, Q)
         frame = backbone + args.depth_train_fraction * (Q * level + 2 * num_weights(depth.heads))
         return round(3 * frame / args.targets_per_frame)
@@ -152,10 +165,10 @@ class HierarchicalLlamaMimi(LlamaMimi):
     def decoding_flops(self, num_frames: int) -> int:
         """See `LlamaMimi.decoding_flops`. The depth decoder's cache is empty before each frame."""
         args, depth, Q = self.model_args, self.depth, self.model_args.num_quantizers
-        backbone = forward_flops(num_weights(self.layers, self.norm, self.output), args, num_frames + 1)
+        backbone = forward_flops(num_weights(self.layers, self.norm), args, num_frames + 1)
         level = num_weights(depth.layers, depth.norm, depth.projection)
         levels = sum(forward_flops(level, depth.args, num_keys) for num_keys in range(1, Q + 1))
-        return backbone + levels + 2 * num_weights(depth.heads)
+        return backbone + levels + 2 * (args.dim * (args.codebook_size + 1) + num_weights(depth.heads))
 
     def deep_frames(self, targets_NQ: torch.Tensor) -> torch.Tensor:
         """Return the positions that train the depth decoder, but at least one position: every rank needs gradients."""
@@ -181,10 +194,11 @@ class HierarchicalLlamaMimi(LlamaMimi):
         h_BLD = (frames_ND.view(B, L, Q, -1) * (tokens >= 0)[..., None]).sum(dim=2)
         for layer in self.layers.values():
             h_BLD = layer(h_BLD, self.freqs_cis, attention_masks, positions)
-        assert self.norm is not None and self.output is not None
+        assert self.norm is not None
         h_BLD = self.norm(h_BLD)
         levels = self.depth(h_BLD.flatten(0, 1)[padded_N], codes_ND.view(len(padded_N), Q - 1, -1))
-        return HierarchicalOutput(self.output(h_BLD), depth_N, levels)
+        level_0 = pending_logits(h_BLD, self.tok_embeddings.weight) if self.output is None else self.output(h_BLD)
+        return HierarchicalOutput(level_0, depth_N, levels)
 
 
 def prepare_depth_decoder(depth: DepthDecoder, job_config: Any) -> None:

@@ -12,7 +12,7 @@ from torchtitan.models.attention import VarlenAttentionWrapper, VarlenMetadata
 from torchtitan.models.llama3 import Transformer, TransformerModelArgs
 from torchtitan.models.llama3.model.args import RoPEScalingArgs
 
-from llama_mimi.common.choices import Architecture
+from llama_mimi.common.choices import TEXT_TARGETS, Architecture
 from llama_mimi.model.cross_entropy import LazyLogits, PendingOutput, pending_logits
 from llama_mimi.tokens.tokenizer import build_speech_tokenizer
 from llama_mimi.tokens.vocabulary import AudioVocabulary
@@ -30,6 +30,7 @@ class LlamaMimiArgs(TransformerModelArgs):
     num_quantizers: int = 0
     codebook_size: int = 0
     depth_train_fraction: float = 1.0  # fraction of the frames that train the depth decoder
+    predicts_text: bool = False  # a training task predicts text
 
     def __post_init__(self) -> None:
         # TorchTitan derives the width from `dim` and rounds it up; these values give `ffn_dim`.
@@ -41,7 +42,8 @@ class LlamaMimiArgs(TransformerModelArgs):
         self.vocab_size = vocabulary.size
         self.num_quantizers, self.codebook_size = vocabulary.num_quantizers, vocabulary.codebook_size
         self.architecture, self.depth_train_fraction = model.architecture, model.depth_train_fraction
-        if self.architecture == "hierarchical":
+        self.predicts_text = any(task in TEXT_TARGETS for task in job_config.data.tasks)
+        if self.architecture == "hierarchical" and not self.predicts_text:
             self.enable_weight_tying = False  # level 0 has its own output matrix
         if job_config.data.packing == "pack":
             self.attn_type, self.attn_mask_type = "varlen", "block_causal"
@@ -109,10 +111,14 @@ class LlamaMimi(Transformer):
             for layer in self.layers.values():
                 layer.attention.inner_attention = PackedAttention()
 
+    @property
+    def output_layer(self) -> nn.Module:
+        """The layer whose weight is the output matrix."""
+        return self.tok_embeddings if self.is_tied else self.output
+
     def flops_per_target(self, seq_len: int) -> int:
         """Return the training FLOPs per target. Embedding lookups are not counted."""
-        matrix = self.tok_embeddings if self.is_tied else self.output
-        return 3 * forward_flops(num_weights(self.layers, self.norm, matrix), self.model_args, seq_len)
+        return 3 * forward_flops(num_weights(self.layers, self.norm, self.output_layer), self.model_args, seq_len)
 
     def decoding_flops(self, num_frames: int) -> int:
         """Return the FLOPs of decoding a frame with a key-value cache, after ``num_frames`` frames of context.

@@ -42,11 +42,16 @@ class SpeechTokenizer:
     def positions_per_frame(self) -> int:
         return self.vocabulary.num_quantizers // self.ids_per_position
 
-    def batch(self, inputs_BLW: torch.Tensor, labels_BLW: torch.Tensor) -> Batch:
-        """For a training step, return the inputs of the model by name, and the labels."""
+    def batch(self, inputs_BLW: torch.Tensor, labels_BLW: torch.Tensor, tasks_BL: torch.Tensor) -> Batch:
+        """For a training step, return the inputs of the model by name, and the labels.
+
+        A label is a target id, or `IGNORE_INDEX`. If a position belongs to task k of `data.tasks`, counted from 0, k
+        times the vocabulary's size is added to the id, so that the losses of the tasks can be logged separately.
+        """
+        labelled_BLW = labels_BLW + self.vocabulary.size * tasks_BL[..., None] * (labels_BLW != IGNORE_INDEX)
         if self.architecture == "flattened":
-            return {"input": inputs_BLW[..., 0]}, labels_BLW[..., 0]
-        return {"input": inputs_BLW, "targets": labels_BLW}, labels_BLW  # the depth decoder also reads the labels
+            return {"input": inputs_BLW[..., 0]}, labelled_BLW[..., 0]
+        return {"input": inputs_BLW, "targets": labels_BLW}, labelled_BLW  # the depth decoder also reads the targets
 
     def prefix_ids(self, text: str | None = None) -> list[int]:
         """Return the ids before the audio: BOS, the transcript (task "tts") and ``<audio>``."""

@@ -6,6 +6,7 @@ last two ids. Do not change this numbering, because released Llama-Mimi checkpoi
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, processors
@@ -80,11 +81,19 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     ``split_special_tokens=True`` is not enough: audio tokens are added to the tokenizer, but not as special tokens.
     """
     backend = tokenizer.backend_tokenizer
+    if not any(character in text for character in _first_characters(tokenizer, len(tokenizer))):
+        return backend.encode(text, add_special_tokens=False).ids  # the same ids, 10 times as fast
     if backend.normalizer is not None:
         text = backend.normalizer.normalize_str(text)
     splitter = backend.pre_tokenizer
     words = [text] if splitter is None else [word for word, _ in splitter.pre_tokenize_str(text)]
     return [token.id for word in words for token in backend.model.tokenize(word)]
+
+
+@lru_cache(maxsize=4)
+def _first_characters(tokenizer: PreTrainedTokenizerBase, size: int) -> set[str]:
+    """Return the first characters of all added tokens, such as "<". ``size``: number of tokens."""
+    return {token[0] for token in tokenizer.get_added_vocab()}
 
 
 def has_text(tokenizer: PreTrainedTokenizerBase) -> bool:

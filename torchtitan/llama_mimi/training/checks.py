@@ -11,7 +11,7 @@ from functools import reduce
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
@@ -23,13 +23,14 @@ from llama_mimi.audio.mimi import has_sliding_window
 from llama_mimi.checkpoint.architectures import ASSETS_FOLDER, check_initial_weights, load_config, speech_config
 from llama_mimi.checkpoint.dcp import complete_steps, is_distributed, read_index, set_aside_incomplete, set_aside_later
 from llama_mimi.checkpoint.huggingface import NETWORK_KEYS, hf_config
+from llama_mimi.common.choices import Task
 from llama_mimi.common.distributed import broadcast_from_rank0
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import LOCK, locked, read_json, write_atomically
 from llama_mimi.common.resume import require_same
-from llama_mimi.corpora.code_shards import CodeCorpus, is_store
+from llama_mimi.corpora.code_shards import is_store
 from llama_mimi.corpora.formats import check_corpus
-from llama_mimi.data.build import chosen_split, dataset_names
+from llama_mimi.data.build import chosen_split, dataset_names, open_streams
 from llama_mimi.job_config import checkpoint_folder
 from llama_mimi.model.llama import FLAVORS, SHAPE
 from llama_mimi.tokens.tokenizer import build_speech_tokenizer
@@ -49,6 +50,7 @@ _FLAVORS = (
     f"choose one of: {', '.join(FLAVORS)}; or set width x layers, such as '768x12' or (with a depth decoder) "
     "'768x12+384x3', where the first width is a multiple of 256 and the second width is a multiple of 16"
 )
+_TASKS = f"choose one or more of: {', '.join(get_args(Task))}"
 _TORCHAO = "install the package torchao with `uv sync --inexact --extra float8`"
 # Each rule: settings (separated by spaces), a condition on the value and the config, and the second half of the error.
 # `check_settings` adds entries to the config, such as `divisor`.
@@ -67,13 +69,17 @@ RULES: list[tuple[str, Callable[[Any, Any], Any], str]] = [
     ("optimizer.name", lambda v, c: v in ("Adam", "AdamW"), "choose 'Adam' or 'AdamW'"),
     (
         "optimizer.lr optimizer.eps optimizer.weight_decay lr_scheduler.warmup_steps lr_scheduler.decay_ratio "
-        "lr_scheduler.min_lr_factor debug.seed",
+        "lr_scheduler.min_lr_factor debug.seed loss.text_weight",
         lambda v, c: v is None or 0 <= v < math.inf,
         "set a finite number of at least 0",
     ),
     ("lr_scheduler.total_steps", lambda v, c: v is None or v >= c.training.steps, "set at least {training.steps}"),
     ("optimizer.early_step_in_backward", lambda v, c: not v, "set false: gradients are checked before a step"),
-    ("data.task", lambda v, c: v != "tts" or c.model.vocabulary != "audio", "set model.vocabulary to 'llama'"),
+    ("data.tasks", lambda v, c: v and len(set(v)) == len(v) and {*v} <= {*get_args(Task)}, _TASKS),
+    ("data.tasks", lambda v, c: v == ["audio"] or c.model.vocabulary != "audio", "set model.vocabulary to 'llama'"),
+    ("data.task_weights", lambda v, c: len(v) in (0, len(c.data.tasks)), "set one number for each task"),
+    ("data.task_weights", lambda v, c: all(0 < w < math.inf for w in v), "set positive, finite numbers"),
+    ("data.text_dataset", lambda v, c: bool(v) == ("text" in c.data.tasks), "set a corpus only for the task 'text'"),
     ("data.weights", lambda v, c: len(v) in (0, len(dataset_names(c.training))), "set one number for each corpus"),
     ("data.weights", lambda v, c: all(0 < w < math.inf for w in v), "set positive, finite numbers"),
     ("validation.steps", lambda v, c: v == -1, "set -1, and limit the clips with data.validation_clips"),
@@ -172,7 +178,6 @@ def check_files(job_config: Any) -> None:
     """Raise a `UserError` if a corpus, the model folder, an earlier run or the machine does not fit the settings."""
     if job_config.parallelism.context_parallel_degree > 1 and not torch.cuda.is_available():
         raise UserError("parallelism.context_parallel_degree is more than 1 on a CPU; set it to 1, or use GPUs")
-    data, codec = job_config.data, job_config.codec
     for section in ("training", *["validation"] * job_config.validation.enable):
         values = getattr(job_config, section)
         names, split = dataset_names(values), chosen_split(job_config, values)
@@ -185,8 +190,8 @@ def check_files(job_config: Any) -> None:
             elif values.dataset_path is not None or split is not None:
                 settings = f"{section}.dataset_path and data.{'split' if section == 'training' else 'validation_split'}"
                 raise UserError(f"'{name}' is a tokenised corpus without splits; remove {settings}")
-            else:
-                CodeCorpus(name, codec.name, codec.num_quantizers, codec.sliding_window, with_text=data.task == "tts")
+        if all(map(is_store, names)):
+            open_streams(job_config, values)
     _check_model(job_config)
     if job_config.checkpoint.enable:
         _check_resume(job_config)

@@ -1,4 +1,4 @@
-"""Cross-entropy over audio tokens, weighted by level. The logged loss of each level is unweighted."""
+"""Cross-entropy over audio and text tokens, weighted by level. The logged loss of each level is unweighted."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from llama_mimi.tokens.vocabulary import AudioVocabulary
 
 
 class LevelMeter:
-    """Sum of losses and number of targets, for each level and for ``</audio>``."""
+    """Sum of losses and number of targets, for each task: of each level, of ``</audio>`` and of text."""
 
     def __init__(self) -> None:
         self._sums = self._step_sums = torch.zeros(())
@@ -21,16 +21,19 @@ class LevelMeter:
     def add(self, losses_N: torch.Tensor, admissible_N: torch.Tensor, rows_N: torch.Tensor, num_rows: int) -> None:
         """Add N losses to the sums with the indices ``rows_N``. ``admissible_N`` are losses over admissible entries.
 
-        `pop` ignores losses with the index ``num_rows``; `pop_step` includes them.
+        `pop` ignores losses with the index 0; `pop_step` includes them.
         """
         sums = torch.zeros(3, num_rows + 1, device=losses_N.device, dtype=torch.float64)
         for row, values_N in zip(sums, (losses_N, torch.ones_like(losses_N), admissible_N), strict=True):
             row.index_add_(0, rows_N, values_N.double())
         self._step_sums = self._step_sums + sums[:2].sum(dim=1)
-        self._sums = self._sums + sums[:, :num_rows]
+        self._sums = self._sums + sums[:, 1:]
 
     def pop(self) -> torch.Tensor:
-        """Return this rank's sums (3, Q + 1) since the last call: losses, targets, losses over admissible entries."""
+        """Return this rank's sums since the last call: losses, targets, losses over admissible entries.
+
+        The sums (3, S * (Q + 2)) are sorted by task (S tasks), then by level; the end and text follow the levels.
+        """
         sums, self._sums = self._sums, torch.zeros(())
         return sums
 
@@ -72,12 +75,23 @@ def level_weights(recipe: str, fractions: Sequence[float]) -> list[float]:
 
 
 class SpeechLoss:
-    """Level-weighted cross-entropy, summed over all targets. ``chunk_step`` is a compiled `chunk_losses`."""
+    """Level-weighted cross-entropy, summed over all targets.
+
+    Args:
+        weights: weight of each level, and of text.
+        chunk_step: compiled `chunk_losses`.
+    """
 
     def __init__(
-        self, vocabulary: AudioVocabulary, meter: LevelMeter, weights: Sequence[float], chunk_step: Any = None
+        self,
+        vocabulary: AudioVocabulary,
+        meter: LevelMeter,
+        weights: Sequence[float],
+        num_tasks: int = 1,
+        chunk_step: Any = None,
     ) -> None:
         self._vocabulary, self._meter, self._chunk_step = vocabulary, meter, chunk_step
+        self._num_rows = num_tasks * (vocabulary.num_quantizers + 2)
         self._weights_Q = torch.tensor(weights)
 
     def __call__(self, logits: LazyLogits | HierarchicalOutput, labels: torch.Tensor) -> torch.Tensor:
@@ -87,6 +101,6 @@ class SpeechLoss:
         for head, targets in logits.heads(labels, self._vocabulary):
             weights_N = self._weights_Q[targets.levels_N]
             loss_sum, losses_N, admissible_N = cross_entropy(head, targets, weights_N, self._chunk_step)
-            self._meter.add(losses_N, admissible_N, targets.rows_N, self._vocabulary.num_quantizers + 1)
+            self._meter.add(losses_N, admissible_N, targets.rows_N, self._num_rows)
             sums.append(loss_sum)
         return torch.stack(sums).sum()

@@ -69,7 +69,7 @@ class SpeechMetrics(MetricsProcessor):
         # The mean over all targets since the last log line. TorchTitan logs the loss of the last step only.
         loss, by_level, levels = self._losses(sums, level_fractions(self.job_config))
         tokens_per_s = float(sums[1].sum()) / seconds
-        audio_per_s = float(sums[1, 0]) / self._frame_rate_hz / seconds
+        audio_per_s = self._audio_seconds(sums) / seconds
         meter = self._data_meter
         seen = torch.tensor([meter.num_clips, meter.num_frames], device=device_type)
         num_clips, num_frames = self._sum(seen, "batch").tolist()
@@ -100,7 +100,7 @@ class SpeechMetrics(MetricsProcessor):
         self.logger.log(metrics, step)
         num_steps = self.job_config.training.steps
         logger.info(
-            f"step: {step}/{num_steps}  loss: {loss:.5f}  levels: {levels}  grad_norm: {grad_norm:.3f}  "
+            f"step: {step}/{num_steps}  loss: {loss:.5f}  {levels}  grad_norm: {grad_norm:.3f}  "
             f"tokens/s: {tokens_per_s:,.0f}  audio-s/s: {audio_per_s:,.1f}{mfu}  "
             f"seen: {num_clips:,} clips, {hours:,.2f} h  data: {data:.1f}% (codec {codec:.1f}%)  "
             f"memory: {memory_gib:.2f}GiB  left: {timedelta(seconds=math.ceil(step_seconds * (num_steps - step)))}"
@@ -121,8 +121,16 @@ class SpeechMetrics(MetricsProcessor):
         loss, by_level, levels = self._losses(sums, [1.0] * self.job_config.codec.num_quantizers)
         by_level = {f"validation_{key.removeprefix('loss_')}": value for key, value in by_level.items()}
         self.logger.log({"validation_metrics/loss": loss, **by_level}, step)
-        audio_seconds = sums[1, 0] / self._frame_rate_hz
-        logger.info(f"validate step: {step}  loss: {loss:.5f}  levels: {levels}  ({audio_seconds:,.0f} s of audio)")
+        audio_seconds = self._audio_seconds(sums)
+        logger.info(f"validate step: {step}  loss: {loss:.5f}  {levels}  ({audio_seconds:,.0f} s of audio)")
+
+    def _audio_seconds(self, sums: torch.Tensor) -> float:
+        """Return the length of the audio that the tasks predict."""
+        return float(self._by_task(sums)[1, :, 0].sum()) / self._frame_rate_hz
+
+    def _by_task(self, sums: torch.Tensor) -> torch.Tensor:
+        """Return the result of `LevelMeter.pop` as a tensor (3, S, Q + 2)."""
+        return sums.unflatten(1, (len(self.job_config.data.tasks), -1))
 
     def _sum(self, values: torch.Tensor, mesh_name: str) -> torch.Tensor:
         """Return the sum of ``values`` over the ranks of a mesh; ``values`` is overwritten."""
@@ -131,23 +139,31 @@ class SpeechMetrics(MetricsProcessor):
         return values
 
     def _losses(self, sums: torch.Tensor, fractions: Sequence[float]) -> tuple[float, dict[str, float], str]:
-        """Return the mean loss over codes and ``</audio>``, metrics of all levels with targets, and text for the log.
+        """Return the mean loss over all targets, metrics of each task and level with targets, and text for the log.
 
         In the mean, the sums of a level are divided by the level's fraction of frames with a target. Bits per second
-        use the softmax over the admissible entries of a position, as in generation.
+        use the softmax over the admissible entries of a position, as in generation. The losses of text are in nats per
+        token. The metrics of the second and further tasks have the task in their name.
         """
-        weights = torch.tensor([*(1 / part for part in fractions), 1.0], dtype=torch.float64, device=sums.device)
-        loss = float((weights * sums[0]).sum() / (weights * sums[1]).sum())
-        names = [*(f"level_{level}" for level in range(len(fractions))), "audio_end"]
-        rows = dict(zip(names, sums.T.tolist(), strict=True))
-        metrics = {f"loss_metrics/{name}": total / count for name, (total, count, _) in rows.items() if count}
-        del rows["audio_end"]
-        levels = " ".join(f"{total / count:.3f}" if count else "-" for total, count, _ in rows.values())
-        nats = {name: total / count for name, (_, count, total) in rows.items() if count}
-        if len(nats) == len(rows):
-            nats["all"] = sum(nats.values())
-        nats_to_bits = self._frame_rate_hz / math.log(2)
-        return loss, metrics | {f"{BITS}/{name}": nats_to_bits * value for name, value in nats.items()}, levels
+        weights = torch.tensor([*(1 / part for part in fractions), 1.0, 1.0], dtype=torch.float64, device=sums.device)
+        by_task, tasks = self._by_task(sums), self.job_config.data.tasks
+        loss = float((weights * by_task[0]).sum() / (weights * by_task[1]).sum())
+        names = [*(f"level_{level}" for level in range(len(fractions))), "audio_end", "text"]
+        metrics: dict[str, float] = {}
+        texts = []
+        for number, task in enumerate(tasks):
+            rows = dict(zip(names, by_task[:, number].T.tolist(), strict=True))
+            means = {name: total / count for name, (total, count, _) in rows.items() if count}
+            levels = [f"{means[name]:.3f}" if name in means else "-" for name in names[:-2]] * (rows["level_0"][1] > 0)
+            levels += [f"text {means['text']:.3f}"] * ("text" in means)
+            texts.append(f"{'levels' if len(tasks) == 1 else task}: {' '.join(levels) or '-'}")
+            nats = {name: rows[name][2] / rows[name][1] for name in names[:-2] if name in means}
+            if len(nats) == len(fractions):
+                nats["all"] = sum(nats.values())
+            nats_to_bits, own = self._frame_rate_hz / math.log(2), f"{task}/" if number else ""
+            metrics |= {f"loss_metrics/{own}{name}": mean for name, mean in means.items()}
+            metrics |= {f"{BITS}/{own}{name}": nats_to_bits * value for name, value in nats.items()}
+        return loss, metrics, "  ".join(texts)
 
 
 class SpeechValidator(Validator):
