@@ -164,9 +164,9 @@ def test_scores_of_texts_are_plain_means(models, tmp_path):
         return text_tokenizer(text, add_special_tokens=False).input_ids
 
     whole = [bos, *tokens("A cat sat. It slept."), text_tokenizer.eos_token_id]
-    spoken = [bos, *tokens("A cat sat.\n"), start, *ids_T[frames * Q :], end]
-    first = len(tokens("A cat sat.\n")) + 2
-    written = [bos, start, *ids_T[: frames * Q], end, *tokens("\nIt slept.\n")]
+    spoken = [bos, *tokens("A cat sat."), *tokens("\n"), start, *ids_T[frames * Q :], end]
+    first = spoken.index(start) + 1
+    written = [bos, start, *ids_T[: frames * Q], end, *tokens("\n"), *tokens("It slept."), *tokens("\n")]
     expected = {
         "text": plain_mean(model, whole, range(1, len(whole))),
         "text_prompt": plain_mean(model, spoken, range(first, len(spoken), Q)),

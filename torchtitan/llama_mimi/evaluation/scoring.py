@@ -141,10 +141,9 @@ def score_texts(
 
 def text_rules(model: SpeechModel, scoring: Scoring) -> Sequence[str]:
     """Return the rules of `TEXT_RULES` that apply to a model and a preset. All of them use the whole vocabulary."""
-    tasks = getattr(model.decoder.config, "tasks", None) or ()
     if scoring.as_released or scoring.likelihood != "softmax":
         return ()
-    return TEXT_RULES if "interleaved" in tasks else TEXT_RULES[:1] if "text" in tasks else ()
+    return TEXT_RULES if "interleaved" in model.tasks else TEXT_RULES[:1] if "text" in model.tasks else ()
 
 
 def text_sequences(
@@ -162,9 +161,9 @@ def text_sequences(
     found = {"text": (ids_L, torch.arange(len(ids_L)) > 0)}
     if "text_prompt" in rules and 1 <= frames < len(coded.codes_TQ):  # False if the ending was cut
         codes_TQ, frames = torch.from_numpy(coded.codes_TQ.astype(np.int64)), int(frames)
-        ids_L = tokenizer.encode(codes_TQ[frames:], is_cut=coded.is_cut, text=f"{clip.prompt}\n")
+        ids_L = tokenizer.ids(clip.prompt, "\n", codes_TQ[frames:])[: -1 if coded.is_cut else None]
         found["text_prompt"] = ids_L, scored_tokens(tokenizer, ids_L, scoring)
-        ids_L = tokenizer.ids(codes_TQ[:frames], f"\n{clip.text}\n")
+        ids_L = tokenizer.ids(codes_TQ[:frames], "\n", clip.text, "\n")
         found["text_ending"] = ids_L, torch.arange(len(ids_L)) >= len(tokenizer.ids(codes_TQ[:frames], "\n"))
     return found
 
