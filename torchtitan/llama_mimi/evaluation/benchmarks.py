@@ -262,7 +262,7 @@ def read_storycloze(source: str) -> Benchmark:
     """Read StoryCloze: tables, or numbered files. Two consecutive files are a pair (positive, negative).
 
     If the files are in subfolders, such as sStoryCloze and tStoryCloze, each subfolder is a part. A folder may contain
-    ``transcripts.csv`` (columns file, prompt, ending and, if known, prompt_seconds); the official folders do not.
+    ``transcripts.csv``, a format of this project (columns file, prompt, ending and, if known, prompt_seconds).
     """
     benchmark = _read_tables(source, ("positive", "negative"), STORYCLOZE_TABLES)
     root = Path(source)
