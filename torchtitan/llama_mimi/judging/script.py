@@ -15,7 +15,7 @@ from llama_mimi.common.versions import versions
 from llama_mimi.evaluation.results import FORMAT
 from llama_mimi.generation.continuation import settings_note
 from llama_mimi.generation.loading import load_speech_model
-from llama_mimi.generation.prompt_folder import SETTINGS, continue_folder, describe_model, without_new_audio
+from llama_mimi.generation.prompt_folder import SETTINGS, describe_model, draw_samples, find_prompts, without_new_audio
 from llama_mimi.judging import metrics, systems
 from llama_mimi.judging.judge import judge
 from llama_mimi.judging.options import MEASURED, MIN_SECONDS, PROMPTS, GenerationOptions, MeasureOptions, read_criteria
@@ -97,7 +97,8 @@ def _own_samples(
     made_by = broadcast_from_rank0(lambda: describe_model(name, model))
     folder = options.output_dir / options.system
     num_rows = options.batch_size or BATCH_SIZES[ranks.device.type == "cuda"]
-    records = continue_folder(model, options.output_dir / PROMPTS, folder, options.sampling, num_rows, ranks, made_by)
+    own = broadcast_from_rank0(lambda: find_prompts(options.output_dir / PROMPTS, folder))
+    records = draw_samples(model, own, folder, options.sampling, num_rows, ranks, made_by)
     samples = systems.continuations(prompts, folder, records, model.codec.frame_rate_hz)
     if ranks.rank == 0:
         print(f"{len(records):,} samples are in {folder}{without_new_audio(records)}", flush=True)

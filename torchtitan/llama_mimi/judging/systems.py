@@ -109,7 +109,7 @@ def _reconstruct(prompts: PromptSet, codec: MimiCodec, name: str, ranks: Distrib
 def continuations(
     prompts: PromptSet, folder: Path, records: Sequence[Mapping[str, Any]], frame_rate_hz: float
 ) -> list[Sample]:
-    """Convert the records of `continue_folder` to samples; raise a `UserError` if a record has an error."""
+    """Convert the records of `draw_samples` to samples; raise a `UserError` if a record has an error."""
     if failed := [record["error"] for record in records if "error" in record]:
         raise UserError(f"{len(failed):,} samples could not be generated, for example: {failed[0]}")
     by_name = {prompt.name: prompt for prompt in prompts.prompts}
