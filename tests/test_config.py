@@ -60,6 +60,8 @@ def downloads(tmp_path_factory):
     for name, columns in labels.items():
         clips = [CodedClip("a", np.zeros((10, 8), np.uint16), 0.8, False, text="a", speaker="b")]
         write_codes(folder / "data" / "codes" / name, str(folder / "mimi"), [clips], columns)
+    for part in ("train", "validation"):
+        write_codes(folder / "data" / "codes" / f"tiny_{part}", str(TINY / "mimi"), [clips], ["text", "speaker"])
     texts = folder / "data" / "fineweb_edu" / "sample" / "10BT"
     texts.mkdir(parents=True)
     for name in ("000_00000", "013_00000"):
@@ -73,15 +75,15 @@ def test_shipped_configs_are_valid(path, downloads, monkeypatch):
     text = path.read_text()
     assert f"--job.config_file config/{path.name}" in text.split("[job]")[0], "opens with its launch command"
     flags = ["--job.config_file", str(path), "--job.dump_folder", str(downloads / "run")]
+    config = tomllib.loads(text)
+    # The corpora of the config, in a user's working directory.
+    for name in "training.dataset validation.dataset data.text_dataset data.validation_text_dataset".split():
+        section, key = name.split(".")
+        if value := config[section].get(key):
+            flags += [f"--{name}", value.replace("data/", f"{downloads}/data/")]
     if not path.stem.startswith("tiny"):
-        flavor = tomllib.loads(text)["model"]["flavor"]
+        flavor = config["model"]["flavor"]
         flags += ["--model.hf_assets_path", str(downloads / flavor), "--codec.name", str(downloads / "mimi")]
-        # The corpora of the config, in a user's working directory.
-        config = tomllib.loads(text)
-        for name in "training.dataset validation.dataset data.text_dataset data.validation_text_dataset".split():
-            section, key = name.split(".")
-            if value := config[section].get(key):
-                flags += [f"--{name}", value.replace("data/", f"{downloads}/data/")]
         flags += ["--checkpoint.no-initial_load_in_hf"]
         if "dataset_path" in config["validation"]:
             flags += ["--validation.dataset_path", str(downloads / "peoples_speech")]
