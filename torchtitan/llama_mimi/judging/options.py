@@ -1,4 +1,4 @@
-"""Options of eval/generation.py, and criteria of its judge. This module does not import PyTorch."""
+"""Options of eval/{generation,tts,asr}.py, and criteria of the judge. This module does not import PyTorch."""
 
 import hashlib
 import re
@@ -49,19 +49,29 @@ def read_criteria(path: Path) -> Criteria:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptOptions:
-    """Options for the recordings and for the length of prompts."""
+class CorpusOptions:
+    """Options for the recordings."""
 
     corpus: str  # corpus of held-out recordings: a name, a folder, a Parquet file or a glob
     dataset_path: str | None = None  # folder of the downloaded corpus, if --corpus is a name
     split: str | None = None  # name of the split, if the corpus has several splits
     audio_column: str = "audio"  # column with the recordings
     speaker_column: str = "speaker"  # column with speakers; the clips of a shuffled pair differ in speaker
-    prompt_seconds: float = 3.0  # approximate length of a prompt, in seconds (at least 0.5)
-    recording_seconds: float | None = None  # minimum length of a recording, in seconds; default: twice --prompt_seconds
     limit: int | None = None  # maximum number of recordings, chosen by a hash of their names; default: all
 
     def __post_init__(self) -> None:
+        check_positive(self, "limit")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptOptions(CorpusOptions):
+    """Options for prompts, which are the beginnings of recordings."""
+
+    prompt_seconds: float = 3.0  # approximate length of a prompt, in seconds (at least 0.5)
+    recording_seconds: float | None = None  # minimum length of a recording, in seconds; default: twice --prompt_seconds
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         low, high = 1.25 * self.prompt_seconds, MAX_RECORDING_SECONDS
         if not 0.5 <= self.prompt_seconds <= high / 1.25:
             raise UserError(f"--prompt_seconds is {self.prompt_seconds:g}; set a number from 0.5 to {high / 1.25:g}")
@@ -72,6 +82,45 @@ class PromptOptions:
     def min_seconds(self) -> float:
         """Minimum length of a recording, in seconds."""
         return 2 * self.prompt_seconds if self.recording_seconds is None else self.recording_seconds
+
+    @property
+    def similarity_seconds(self) -> float:
+        """Length of speech, in seconds, that nearly all references have after their prompts."""
+        return min(self.prompt_seconds, self.min_seconds - self.prompt_seconds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UtteranceOptions(CorpusOptions):
+    """Options for recordings with transcripts."""
+
+    text_column: str = "text"  # column with transcripts
+    max_seconds: float = 40.0  # maximum length of a recording, in seconds; longer recordings are skipped
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not MIN_SECONDS < self.max_seconds <= MAX_RECORDING_SECONDS:
+            limits = f"above {MIN_SECONDS:g} and at most {MAX_RECORDING_SECONDS:g}"
+            raise UserError(f"--max_seconds is {self.max_seconds:g}; set a number {limits}")
+
+    @property
+    def min_seconds(self) -> float:
+        """Minimum length of a recording, in seconds."""
+        return MIN_SECONDS
+
+
+@dataclass(frozen=True, kw_only=True)
+class VoiceOptions(UtteranceOptions):
+    """Options for recordings with transcripts and voice prompts."""
+
+    max_seconds: float = 20.0  # maximum length of a recording, in seconds; longer recordings are skipped
+    # approximate length of a voice prompt, in seconds: the voice prompt is the recording of the same speaker whose
+    # length is nearest to this value; at 0, the model speaks without voice prompts
+    prompt_seconds: float = 3.0
+
+    @property
+    def similarity_seconds(self) -> float:
+        """Length of speech, in seconds, that nearly all references have."""
+        return self.prompt_seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,10 +139,10 @@ class MeasureOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationOptions:
-    """Flags of eval/generation.py."""
+class SystemOptions:
+    """Flags for a system that speaks, and for the measures of its speech."""
 
-    prompts: PromptOptions
+    prompts: PromptOptions | VoiceOptions
     model_name: str | None = None  # hub id or folder of a model; required without --wavs
     wavs: Path | None = None  # folder with files of another system: <prompt>.wav or <prompt>_<number>.wav
     wavs_contain_prompt: bool = False  # set this flag if each file in --wavs begins with its prompt
@@ -121,13 +170,9 @@ class GenerationOptions:
         used = {"distillmos": self.measures.quality == "distillmos", "openai": self.measures.judge_model is not None}
         if missing := [package for package, is_used in used.items() if is_used and not find_spec(package)]:
             raise UserError(f"the package '{missing[0]}' is missing; run `uv sync --inexact --extra judging`")
-        for options, flag in ((self, "batch_size"), (self.measures, "listening_batch_size"), (self.prompts, "limit")):
-            if (value := getattr(options, flag)) is not None and value < 1:
-                raise UserError(f"--{flag} is {value}; set it to 1 or more")
-        if self.system in RESERVED or self.system.startswith(RECONSTRUCTION):
-            raise UserError(f"--name '{self.system}' is reserved; set another --name")
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.system):
-            raise UserError(f"--name '{self.system}' is not a valid file name; set another --name")
+        check_positive(self, "batch_size")
+        check_positive(self.measures, "listening_batch_size")
+        check_name(self.system)
 
     @property
     def system(self) -> str:
@@ -141,6 +186,69 @@ class GenerationOptions:
         The length is that of a prompt. If the shortest recording leaves less after its prompt, or ``--seconds`` is
         less, the length is smaller, so that nearly all references have a value.
         """
-        prompt_seconds, recording_seconds = self.prompts.prompt_seconds, self.prompts.min_seconds
-        shortest = min(prompt_seconds, recording_seconds - prompt_seconds, self.sampling.seconds)
-        return round(max(shortest, MIN_SECONDS), 2)
+        return round(max(min(self.prompts.similarity_seconds, self.sampling.seconds), MIN_SECONDS), 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions(SystemOptions):
+    """Flags of eval/generation.py."""
+
+    prompts: PromptOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class TtsOptions(SystemOptions):
+    """Flags of eval/tts.py."""
+
+    prompts: VoiceOptions
+    # Length and randomness of the speech. --seconds also limits the references and the files in --wavs.
+    sampling: SamplingOptions = field(default_factory=lambda: SamplingOptions(seconds=30.0))
+    output_dir: Path = Path("results/tts")  # folder for the recordings and the results of all systems
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.measures.asr_model is None:
+            raise UserError("--asr_model is missing; set --asr_model to the model that transcribes the speech")
+        if (longest := self.prompts.max_seconds) > self.sampling.seconds:
+            problem = f"--seconds is {self.sampling.seconds:g}, less than --max_seconds, so recordings would be cut"
+            raise UserError(f"{problem}; set --seconds to {longest:g} or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AsrOptions:
+    """Flags of eval/asr.py."""
+
+    model_name: str  # hub id or folder of a model with the task 'asr', or of any ASR model of transformers
+    utterances: UtteranceOptions
+    name: str | None = None  # name of the system; default: name of the model
+    language: str | None = None  # language of the speech, such as 'de'; default: English
+    output_dir: Path = Path("results/asr")  # folder for the recordings and the results of all systems
+    codec: str | None = None  # hub id or folder of the codec; default: the model's codec
+    # run the codec with sliding-window attention; default: the setting used in training
+    codec_sliding_window: bool | None = None
+    batch_size: int | None = None  # number of recordings per batch; default: 64 on a GPU, else 8
+    device: str | None = None  # torch device; default: the GPU if there is one, else the CPU
+    dtype: DecoderPrecision | None = None  # precision of the decoder; default: bfloat16 on a GPU, float32 on a CPU
+
+    def __post_init__(self) -> None:
+        check_positive(self, "batch_size")
+        check_name(self.system)
+
+    @property
+    def system(self) -> str:
+        """Name of the system and of its result file."""
+        return self.name if self.name is not None else model_folder(self.model_name)
+
+
+def check_positive(options: object, flag: str) -> None:
+    """Raise a `UserError` if the value of a flag is below 1; None is allowed."""
+    if (value := getattr(options, flag)) is not None and value < 1:
+        raise UserError(f"--{flag} is {value}; set it to 1 or more")
+
+
+def check_name(system: str) -> None:
+    """Raise a `UserError` if the name of a system is reserved, or is not a valid file name."""
+    if system in RESERVED or system.startswith(RECONSTRUCTION):
+        raise UserError(f"--name '{system}' is reserved; set another --name")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", system):
+        raise UserError(f"--name '{system}' is not a valid file name; set another --name")
