@@ -20,7 +20,7 @@ from llama_mimi.evaluation.statistics import crossed_interval
 from llama_mimi.generation.loading import load_speech_model
 from llama_mimi.generation.transcription import transcribe
 from llama_mimi.judging.error_rates import add_error_rates
-from llama_mimi.judging.options import PROMPTS, RECORDINGS, UtteranceOptions, VoiceOptions
+from llama_mimi.judging.options import PROMPTS, RECORDINGS, CorpusOptions, Texts
 from llama_mimi.judging.prompts import Prompt, PromptSet, make_prompts
 from llama_mimi.report.estimates import by_measure, estimate, same_items
 from llama_mimi.report.results import read_results
@@ -60,10 +60,9 @@ def test_recordings_begin_with_the_voice_prompt_of_the_same_speaker(tmp_path):
     rows = [(0, 2.0, "a"), (1, 3.3, "a"), (2, 2.94, "a"), (3, 4.0, "b"), (4, 1.0, None), (5, 9.0, "a"), (6, 2.0, "b")]
     rows = [audio_row(number, seconds, id=f"{number}", speaker=s, text=f"text {number}") for number, seconds, s in rows]
     rows[6]["text"] = None
-    options = {"corpus": corpus(tmp_path / "c.parquet", rows), "max_seconds": 5.0}
-    prompts = make_prompts(tmp_path / "with", VoiceOptions(**options))
-    plain = make_prompts(tmp_path / "without", UtteranceOptions(**options))
-    assert make_prompts(tmp_path / "zero", VoiceOptions(**options, prompt_seconds=0)).prompts == plain.prompts
+    options = CorpusOptions(corpus=corpus(tmp_path / "c.parquet", rows))
+    prompts = make_prompts(tmp_path / "with", options, Texts("text", 5.0, voice_seconds=3.0))
+    plain = make_prompts(tmp_path / "without", options, Texts("text", 5.0))
     skipped = json.loads((tmp_path / "with" / "prompts.json").read_text())["skipped"]
     assert skipped == {"too long": 1, "no text": 1}
     found = {prompt.name: (prompt.text, prompt.prompt_text, prompt.seconds) for prompt in prompts.prompts}
@@ -87,8 +86,8 @@ def test_recordings_begin_with_the_voice_prompt_of_the_same_speaker(tmp_path):
             voice = next(one for one in plain.prompts if one.text == prompt.prompt_text)
             recorded_S = read_audio(plain.file(RECORDINGS, voice), None).samples_S
             assert torch.equal(voice_S[: len(recorded_S)], recorded_S) and not voice_S[len(recorded_S) :].any()
-    with pytest.raises(UserError, match="lacks a readable recording of at least 0.4 s; increase --max_seconds"):
-        make_prompts(tmp_path / "none", UtteranceOptions(**options | {"max_seconds": 0.5}))
+    with pytest.raises(UserError, match="max_seconds = 5.0, but the current value is 6.0; choose another --output_dir"):
+        make_prompts(tmp_path / "with", options, Texts("text", 6.0, voice_seconds=3.0))
 
 
 def asr_command(output_dir, *more, model=RECOGNISER):
@@ -160,7 +159,6 @@ def test_a_speech_language_model_transcribes(speaking, model_folder, tmp_path):
 
 def test_wrong_flags_of_asr_are_refused(transcribed, tmp_path):
     for flags, message in (
-        (("--max_seconds", 90), "--max_seconds is 90; set a number above 0.4 and at most 60"),
         (("--limit", 0), "--limit is 0; set it to 1 or more"),
         (("--name", "recordings"), "--name 'recordings' is reserved"),
         (("--text_column", "words"), "lacks the column 'words' for the text"),

@@ -3,10 +3,11 @@
 import hashlib
 import re
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from llama_mimi.common.choices import DecoderPrecision
 from llama_mimi.common.errors import UserError, first_line
@@ -59,19 +60,20 @@ class CorpusOptions:
     speaker_column: str = "speaker"  # column with speakers; the clips of a shuffled pair differ in speaker
     limit: int | None = None  # maximum number of recordings, chosen by a hash of their names; default: all
 
-    def __post_init__(self) -> None:
-        check_positive(self, "limit")
+    @property
+    def min_seconds(self) -> float:
+        """Minimum length of a recording, in seconds."""
+        return MIN_SECONDS
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptOptions(CorpusOptions):
-    """Options for prompts, which are the beginnings of recordings."""
+    """Options for the recordings and for the length of prompts."""
 
     prompt_seconds: float = 3.0  # approximate length of a prompt, in seconds (at least 0.5)
     recording_seconds: float | None = None  # minimum length of a recording, in seconds; default: twice --prompt_seconds
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         low, high = 1.25 * self.prompt_seconds, MAX_RECORDING_SECONDS
         if not 0.5 <= self.prompt_seconds <= high / 1.25:
             raise UserError(f"--prompt_seconds is {self.prompt_seconds:g}; set a number from 0.5 to {high / 1.25:g}")
@@ -80,47 +82,15 @@ class PromptOptions(CorpusOptions):
 
     @property
     def min_seconds(self) -> float:
-        """Minimum length of a recording, in seconds."""
         return 2 * self.prompt_seconds if self.recording_seconds is None else self.recording_seconds
 
-    @property
-    def similarity_seconds(self) -> float:
-        """Length of speech, in seconds, that nearly all references have after their prompts."""
-        return min(self.prompt_seconds, self.min_seconds - self.prompt_seconds)
 
+class Texts(NamedTuple):
+    """Settings for recordings with transcripts."""
 
-@dataclass(frozen=True, kw_only=True)
-class UtteranceOptions(CorpusOptions):
-    """Options for recordings with transcripts."""
-
-    text_column: str = "text"  # column with transcripts
-    max_seconds: float = 40.0  # maximum length of a recording, in seconds; longer recordings are skipped
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not MIN_SECONDS < self.max_seconds <= MAX_RECORDING_SECONDS:
-            limits = f"above {MIN_SECONDS:g} and at most {MAX_RECORDING_SECONDS:g}"
-            raise UserError(f"--max_seconds is {self.max_seconds:g}; set a number {limits}")
-
-    @property
-    def min_seconds(self) -> float:
-        """Minimum length of a recording, in seconds."""
-        return MIN_SECONDS
-
-
-@dataclass(frozen=True, kw_only=True)
-class VoiceOptions(UtteranceOptions):
-    """Options for recordings with transcripts and voice prompts."""
-
-    max_seconds: float = 20.0  # maximum length of a recording, in seconds; longer recordings are skipped
-    # approximate length of a voice prompt, in seconds: the voice prompt is the recording of the same speaker whose
-    # length is nearest to this value; at 0, the model speaks without voice prompts
-    prompt_seconds: float = 3.0
-
-    @property
-    def similarity_seconds(self) -> float:
-        """Length of speech, in seconds, that nearly all references have."""
-        return self.prompt_seconds
+    text_column: str
+    max_seconds: float  # longer recordings are skipped
+    voice_seconds: float = 0.0  # approximate length of a voice prompt, in seconds; 0: no voice prompts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,10 +109,10 @@ class MeasureOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SystemOptions:
-    """Flags for a system that speaks, and for the measures of its speech."""
+class GenerationOptions:
+    """Flags of eval/generation.py."""
 
-    prompts: PromptOptions | VoiceOptions
+    prompts: PromptOptions
     model_name: str | None = None  # hub id or folder of a model; required without --wavs
     wavs: Path | None = None  # folder with files of another system: <prompt>.wav or <prompt>_<number>.wav
     wavs_contain_prompt: bool = False  # set this flag if each file in --wavs begins with its prompt
@@ -170,9 +140,12 @@ class SystemOptions:
         used = {"distillmos": self.measures.quality == "distillmos", "openai": self.measures.judge_model is not None}
         if missing := [package for package, is_used in used.items() if is_used and not find_spec(package)]:
             raise UserError(f"the package '{missing[0]}' is missing; run `uv sync --inexact --extra judging`")
-        check_positive(self, "batch_size")
-        check_positive(self.measures, "listening_batch_size")
-        check_name(self.system)
+        numbers = {"batch_size": self.batch_size, "listening_batch_size": self.measures.listening_batch_size}
+        _check(self.system, numbers | {"limit": self.prompts.limit})
+
+    @property
+    def texts(self) -> Texts | None:
+        return None
 
     @property
     def system(self) -> str:
@@ -186,68 +159,61 @@ class SystemOptions:
         The length is that of a prompt. If the shortest recording leaves less after its prompt, or ``--seconds`` is
         less, the length is smaller, so that nearly all references have a value.
         """
-        return round(max(min(self.prompts.similarity_seconds, self.sampling.seconds), MIN_SECONDS), 2)
+        prompt_seconds, recording_seconds = self.prompts.prompt_seconds, self.prompts.min_seconds
+        shortest = min(prompt_seconds, recording_seconds - prompt_seconds, self.sampling.seconds)
+        return round(max(shortest, MIN_SECONDS), 2)
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationOptions(SystemOptions):
-    """Flags of eval/generation.py."""
-
-    prompts: PromptOptions
-
-
-@dataclass(frozen=True, kw_only=True)
-class TtsOptions(SystemOptions):
+class TtsOptions(GenerationOptions):
     """Flags of eval/tts.py."""
 
-    prompts: VoiceOptions
-    # Length and randomness of the speech. --seconds also limits the references and the files in --wavs.
-    sampling: SamplingOptions = field(default_factory=lambda: SamplingOptions(seconds=30.0))
+    text_column: str = "text"  # column with the texts to speak
+    # the voice prompt of a text is another recording of the same speaker: the recording whose length is nearest to
+    # --prompt_seconds; without voice prompts, the model chooses a voice
+    voice_prompts: bool = True
+    # Length and randomness of the speech. Recordings longer than --seconds are skipped.
+    sampling: SamplingOptions = field(default_factory=lambda: SamplingOptions(seconds=20.0))
     output_dir: Path = Path("results/tts")  # folder for the recordings and the results of all systems
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.measures.asr_model is None:
             raise UserError("--asr_model is missing; set --asr_model to the model that transcribes the speech")
-        if (longest := self.prompts.max_seconds) > self.sampling.seconds:
-            problem = f"--seconds is {self.sampling.seconds:g}, less than --max_seconds, so recordings would be cut"
-            raise UserError(f"{problem}; set --seconds to {longest:g} or more")
+
+    @property
+    def texts(self) -> Texts:
+        return Texts(self.text_column, self.sampling.seconds, self.prompts.prompt_seconds * self.voice_prompts)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AsrOptions:
     """Flags of eval/asr.py."""
 
-    model_name: str  # hub id or folder of a model with the task 'asr', or of any ASR model of transformers
-    utterances: UtteranceOptions
-    name: str | None = None  # name of the system; default: name of the model
+    recordings: CorpusOptions
+    model_name: str  # hub id or folder of a model of the task 'asr', or of any ASR model of transformers
+    text_column: str = "text"  # column with the transcripts of the recordings
     language: str | None = None  # language of the speech, such as 'de'; default: English
+    name: str | None = None  # name of the system; default: name of the model
     output_dir: Path = Path("results/asr")  # folder for the recordings and the results of all systems
     codec: str | None = None  # hub id or folder of the codec; default: the model's codec
-    # run the codec with sliding-window attention; default: the setting used in training
-    codec_sliding_window: bool | None = None
     batch_size: int | None = None  # number of recordings per batch; default: 64 on a GPU, else 8
     device: str | None = None  # torch device; default: the GPU if there is one, else the CPU
     dtype: DecoderPrecision | None = None  # precision of the decoder; default: bfloat16 on a GPU, float32 on a CPU
 
     def __post_init__(self) -> None:
-        check_positive(self, "batch_size")
-        check_name(self.system)
+        _check(self.system, {"batch_size": self.batch_size, "limit": self.recordings.limit})
 
     @property
     def system(self) -> str:
-        """Name of the system and of its result file."""
         return self.name if self.name is not None else model_folder(self.model_name)
 
 
-def check_positive(options: object, flag: str) -> None:
-    """Raise a `UserError` if the value of a flag is below 1; None is allowed."""
-    if (value := getattr(options, flag)) is not None and value < 1:
-        raise UserError(f"--{flag} is {value}; set it to 1 or more")
-
-
-def check_name(system: str) -> None:
-    """Raise a `UserError` if the name of a system is reserved, or is not a valid file name."""
+def _check(system: str, numbers: Mapping[str, int | None]) -> None:
+    """Raise a `UserError` for a number below 1, and for a name of a system that cannot be the name of its result."""
+    for flag, value in numbers.items():
+        if value is not None and value < 1:
+            raise UserError(f"--{flag} is {value}; set it to 1 or more")
     if system in RESERVED or system.startswith(RECONSTRUCTION):
         raise UserError(f"--name '{system}' is reserved; set another --name")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", system):

@@ -22,14 +22,7 @@ from llama_mimi.common.resume import require_same
 from llama_mimi.corpora.clips import read_row
 from llama_mimi.corpora.formats import open_source
 from llama_mimi.corpora.source import Row, Source
-from llama_mimi.judging.options import (
-    MAX_RECORDING_SECONDS,
-    PROMPTS,
-    RECORDINGS,
-    PromptOptions,
-    UtteranceOptions,
-    VoiceOptions,
-)
+from llama_mimi.judging.options import MAX_RECORDING_SECONDS, PROMPTS, RECORDINGS, CorpusOptions, PromptOptions, Texts
 
 MANIFEST, FORMAT = "prompts.json", 2
 MAX_UNREADABLE = 0.1  # maximum fraction of unreadable recordings
@@ -72,12 +65,12 @@ class PromptSet:
         return any(prompt.text for prompt in self.prompts)
 
 
-def make_prompts(folder: Path, options: PromptOptions | UtteranceOptions) -> PromptSet:
+def make_prompts(folder: Path, options: CorpusOptions, texts: Texts | None = None) -> PromptSet:
     """Return the prompts of a folder, or make them in a new folder. Changed options or files raise a `UserError`."""
-    settings = asdict(options)
+    settings = asdict(options) | (texts._asdict() if texts else {})
     manifest = read_json(str(folder), MANIFEST)
     if manifest is None:
-        prompts, skipped, hash_of_files = _write_prompts(folder, options)
+        prompts, skipped, hash_of_files = _write_prompts(folder, options, texts)
         manifest = {"format": FORMAT, "settings": settings, "skipped": skipped, "sha256": hash_of_files}
         manifest["prompts"] = [asdict(prompt) for prompt in prompts]
         write_atomically(str(folder), MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
@@ -106,11 +99,9 @@ def _files_sha256(folder: Path) -> str:
     return digest({path.relative_to(folder).as_posix(): sha256(path.read_bytes()).hexdigest() for path in files})
 
 
-def _write_prompts(folder: Path, options: PromptOptions | UtteranceOptions) -> tuple[list[Prompt], Counter[str], str]:
+def _write_prompts(folder: Path, options: CorpusOptions, texts: Texts | None) -> tuple[list[Prompt], Counter[str], str]:
     """Write prompts and recordings; return prompts in corpus order, counts of skipped rows, and a hash of the files."""
-    text_column, max_seconds = None, MAX_RECORDING_SECONDS
-    if isinstance(options, UtteranceOptions):
-        text_column, max_seconds = options.text_column, options.max_seconds
+    text_column, max_seconds, _ = texts or (None, MAX_RECORDING_SECONDS, 0.0)
     for part in (PROMPTS, RECORDINGS):
         if (folder / part).exists():
             raise UserError(f"'{folder / part}' exists without {MANIFEST}; remove the folder, or {NEW_FOLDER}")
@@ -123,7 +114,7 @@ def _write_prompts(folder: Path, options: PromptOptions | UtteranceOptions) -> t
     skipped: Counter[str] = Counter()
     num_read = num_unreadable = 0
     drawn: list[tuple[bytes, int, Prompt]] = []  # (hash, row number, prompt), sorted by hash
-    seconds: dict[str, float] = {}  # length of each utterance with a transcript
+    seconds: dict[str, float] = {}  # length of each recording
     names: set[str] = set()
     sizes = [unit.num_rows or 0 for unit in source.units]  # 0 if unknown, for a tar
     total = sum(sizes) if all(sizes) else None
@@ -150,15 +141,15 @@ def _write_prompts(folder: Path, options: PromptOptions | UtteranceOptions) -> t
             skipped["too short"] += 1
             continue
         speaker = "" if row.get("speaker") is None else str(row["speaker"])
-        if isinstance(options, PromptOptions):
-            prompt = Prompt(name, speaker, cut_seconds(waveform, options.prompt_seconds))
-            prompt_S = waveform.samples_S[: round(prompt.seconds * waveform.sample_rate_hz)]
-            write_wav(partial.file(PROMPTS, prompt), Waveform(prompt_S, waveform.sample_rate_hz))
-        elif waveform.is_cut:  # the transcript would not fit
+        if texts and waveform.is_cut:  # the text would not fit
             skipped["too long"] += 1
             continue
-        else:
-            prompt, seconds[name] = Prompt(name, speaker, 0.0, row["text"]), waveform.seconds
+        seconds[name] = waveform.seconds
+        prompt = Prompt(name, speaker, 0.0, row["text"] if texts else "")
+        if isinstance(options, PromptOptions) and not texts:
+            prompt = replace(prompt, seconds=cut_seconds(waveform, options.prompt_seconds))
+            prompt_S = waveform.samples_S[: round(prompt.seconds * waveform.sample_rate_hz)]
+            write_wav(partial.file(PROMPTS, prompt), Waveform(prompt_S, waveform.sample_rate_hz))
         write_wav(partial.file(RECORDINGS, prompt), waveform)
         bisect.insort(drawn, (rank, number, prompt))
         if options.limit is not None and len(drawn) > options.limit:
@@ -173,11 +164,10 @@ def _write_prompts(folder: Path, options: PromptOptions | UtteranceOptions) -> t
         raise UserError(f"{problem}, more than {100 * MAX_UNREADABLE:g} %; replace or remove the unreadable files")
     if not drawn:
         problem = f"'{options.corpus}' lacks a readable recording of at least {options.min_seconds:g} s"
-        flags = "increase --max_seconds" if text_column else "reduce --recording_seconds and --prompt_seconds"
-        raise UserError(f"{problem}; {flags}, or choose other recordings")
+        raise UserError(f"{problem}; reduce --recording_seconds and --prompt_seconds, or add longer recordings")
     prompts = [prompt for _, _, prompt in sorted(drawn, key=lambda one: one[1])]
-    if isinstance(options, VoiceOptions) and options.prompt_seconds > 0:
-        distances = {name: abs(length - options.prompt_seconds) for name, length in seconds.items()}
+    if texts and texts.voice_seconds:
+        distances = {name: abs(length - texts.voice_seconds) for name, length in seconds.items()}
         prompts = _add_voice_prompts(partial, prompts, distances)
     hash_of_files = _files_sha256(partial.folder)  # before the rename, because hashing is slow
     for part in (RECORDINGS, PROMPTS):

@@ -2,8 +2,8 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +31,16 @@ from llama_mimi.judging import metrics, systems
 from llama_mimi.judging.error_rates import add_error_rates
 from llama_mimi.judging.judge import judge
 from llama_mimi.judging.options import (
+    MAX_RECORDING_SECONDS,
     MEASURED,
     MIN_SECONDS,
     PROMPTS,
     RECORDINGS,
     AsrOptions,
     CorpusOptions,
+    GenerationOptions,
     MeasureOptions,
-    PromptOptions,
-    SystemOptions,
-    UtteranceOptions,
+    Texts,
     read_criteria,
 )
 from llama_mimi.judging.prompts import PromptSet, make_prompts
@@ -55,52 +55,39 @@ BATCH_SIZES, LISTENING_BATCH_SIZES = (8, 64), (8, 16)
 Record = dict[str, Any]
 
 
-def judge_generations(options: SystemOptions) -> None:
+def judge_generations(options: GenerationOptions) -> None:
     """Continue prompts or speak texts, measure the speech, write results and print a table."""
-    folder, system = options.output_dir, options.system
-    with (
-        distributed_context(options.device) as ranks,
-        _locked_prompts(folder, system, options.prompts) as prompts,
-    ):
+    with distributed_context(options.device) as ranks, ExitStack() as locks:
+        prompts = _lock_and_make(locks, options.output_dir, options.system, options.prompts, options.texts)
         own, made_by, codec = _own_samples(options, prompts, ranks)
-        _check_earlier(folder, system, {key: made_by[key] for key in ("wavs", "model_sha256") if key in made_by})
+        _check_earlier(prompts, options.system, made_by)
         if ranks.rank == 0 and not any(prompt.speaker for prompt in prompts.prompts):
             print("the corpus does not name speakers, so the two voices of a shuffled pair can be the same", flush=True)
-        samples = {system: own, **systems.references(prompts, codec, options.sampling.seconds, ranks)}
+        samples = {options.system: own, **systems.references(prompts, codec, options.sampling.seconds, ranks)}
         everything = [sample for of_system in samples.values() for sample in of_system]
         seconds = options.similarity_seconds
         records, descriptions = measure_samples(everything, prompts, options.measures, seconds, ranks)
-        if ranks.rank > 0:
-            return
         settings = {"seconds": options.sampling.seconds, "measures": descriptions}
-        for name, some in samples.items():
-            own_records, records = records[: len(some)], records[len(some) :]
-            origin = made_by if name == system else None
-            clips = [sample.clip for sample in some]
-            _write_result(folder, name, options.prompts, prompts, own_records, clips, made_by=origin, **settings)
-        _print_table(folder, system)
+        if ranks.rank == 0:
+            _write_results(prompts, options.prompts, made_by, samples, records, settings)
 
 
 def score_recogniser(options: AsrOptions) -> None:
-    """Transcribe recordings, write the transcripts with their error rates, and print a table."""
-    folder, system, corpus = options.output_dir, options.system, options.utterances
-    with distributed_context(options.device) as ranks, _locked_prompts(folder, system, corpus) as prompts:
+    """Transcribe recordings, write the transcripts and their error rates, and print a table."""
+    with distributed_context(options.device) as ranks, ExitStack() as locks:
+        texts = Texts(options.text_column, MAX_RECORDING_SECONDS)
+        prompts = _lock_and_make(locks, options.output_dir, options.system, options.recordings, texts)
         recogniser = _recogniser(options, ranks)
         made_by = broadcast_from_rank0(lambda: {"model_sha256": weights_sha256(options.model_name)})
-        _check_earlier(folder, system, made_by)
-        clips = [Clip(prompts.file(RECORDINGS, prompt)) for prompt in prompts.prompts]
-        values = metrics.compute(recogniser, [(clip,) for clip in clips], folder / MEASURED, ranks)
-        if ranks.rank > 0:
-            return
-        records = [
-            _record(Sample(prompt, 0, clip), prompts) | value
-            for prompt, clip, value in zip(prompts.prompts, clips, values, strict=True)
-        ]
+        _check_earlier(prompts, options.system, made_by)
+        samples = [Sample(prompt, 0, Clip(prompts.file(RECORDINGS, prompt))) for prompt in prompts.prompts]
+        values = metrics.compute(recogniser, [(sample.clip,) for sample in samples], prompts.folder / MEASURED, ranks)
+        records = [_record(sample, prompts) | value for sample, value in zip(samples, values, strict=True)]
         measures = {"error_rates": add_error_rates(records, prompts, options.language, "asr")}
+        settings = {"seconds": MAX_RECORDING_SECONDS, "measures": measures}
         made_by |= {"model": options.model_name, "recogniser": recogniser.description}
-        settings = {"seconds": corpus.max_seconds, "measures": measures}
-        _write_result(folder, system, corpus, prompts, records, clips, made_by=made_by, **settings)
-        _print_table(folder, system)
+        if ranks.rank == 0:
+            _write_results(prompts, options.recordings, made_by, {options.system: samples}, records, settings)
 
 
 def _recogniser(options: AsrOptions, ranks: DistributedContext) -> metrics.Measure:
@@ -110,8 +97,7 @@ def _recogniser(options: AsrOptions, ranks: DistributedContext) -> metrics.Measu
     if kind not in MODELS:
         batch_size = options.batch_size or LISTENING_BATCH_SIZES[is_gpu]
         return metrics.transcripts(name, options.language, ranks.device, batch_size)
-    window, device = options.codec_sliding_window, str(ranks.device)
-    model = load_speech_model(name, codec_name=options.codec, sliding_window=window, device=device, dtype=options.dtype)
+    model = load_speech_model(name, codec_name=options.codec, device=str(ranks.device), dtype=options.dtype)
     model.require_task("asr", "eval/asr.py")
     num_rows = options.batch_size or BATCH_SIZES[is_gpu]
 
@@ -125,55 +111,58 @@ def _recogniser(options: AsrOptions, ranks: DistributedContext) -> metrics.Measu
     return metrics.Measure("transcripts", ("text", "ended"), description, values, BATCHES_PER_GROUP * num_rows)
 
 
-@contextmanager
-def _locked_prompts(folder: Path, system: str, options: PromptOptions | UtteranceOptions) -> Iterator[PromptSet]:
-    """Yield the prompts of a folder, made by the first command; lock the result of ``system``."""
-    with ExitStack() as locks:
+def _lock_and_make(
+    locks: ExitStack, folder: Path, system: str, options: CorpusOptions, texts: Texts | None
+) -> PromptSet:
+    """Return the prompts of a folder, which the first command makes. Lock the result of ``system``."""
 
-        def lock_and_make() -> PromptSet:
-            locks.enter_context(locked(folder / f".{system}{LOCK}", "--output_dir"))
-            with locked(folder / LOCK, "--output_dir", wait=True):
-                return make_prompts(folder, options)
+    def lock_and_make() -> PromptSet:
+        locks.enter_context(locked(folder / f".{system}{LOCK}", "--output_dir"))
+        with locked(folder / LOCK, "--output_dir", wait=True):
+            return make_prompts(folder, options, texts)
 
-        yield broadcast_from_rank0(lock_and_make)
+    return broadcast_from_rank0(lock_and_make)
 
 
-def _check_earlier(folder: Path, system: str, origin: Record) -> None:
+def _check_earlier(prompts: PromptSet, system: str, made_by: Record) -> None:
     """Raise a `UserError` if the folder contains a result of another system with the same name."""
-    if earlier := read_json(str(folder), f"{system}.json"):
-        require_same(earlier.get("made_by") or {}, origin, f"'{folder / system}.json'", "choose another --name")
+    if earlier := read_json(str(prompts.folder), f"{system}.json"):
+        origin: Record = {key: made_by[key] for key in ("wavs", "model_sha256") if key in made_by}
+        path = prompts.folder / f"{system}.json"
+        require_same(earlier.get("made_by") or {}, origin, f"'{path}'", "choose another --name")
 
 
-def _write_result(
-    folder: Path,
-    system: str,
-    options: CorpusOptions,
+def _write_results(
     prompts: PromptSet,
+    options: CorpusOptions,
+    made_by: Record,
+    samples: Mapping[str, Sequence[Sample]],
     records: Sequence[Record],
-    clips: Sequence[Clip],
-    **settings: Any,
+    settings: Record,
 ) -> None:
-    is_official = options.corpus == OFFICIAL_CORPUS and options.limit is None
-    result = {
-        "format": FORMAT,
-        "kind": KIND,
-        "system": system,
-        "prompts_sha256": prompts.sha256,
-        **settings,
-        "versions": versions(),
-        "audio_sha256": digest([clip.key for clip in clips]),
-        "data_kind": "synthetic" if is_synthetic(options.corpus) else "official" if is_official else "other",
-        "missing": Counter(f"{name}: {why}" for record in records for name, why in record["missing"].items()),
-        "samples": records,
-    }
-    content = json.dumps(result, indent=1, allow_nan=False) + "\n"
-    write_atomically(str(folder), f"{system}.json", content.encode())
-
-
-def _print_table(folder: Path, system: str) -> None:
+    """Write a result file for each system, and print a table. The first system is ``made_by`` a model, or is WAVs."""
+    folder, is_official = prompts.folder, options.corpus == OFFICIAL_CORPUS and options.limit is None
+    own, *_ = samples
+    for system, some in samples.items():
+        own_records, records = records[: len(some)], records[len(some) :]
+        result = {
+            "format": FORMAT,
+            "kind": KIND,
+            "system": system,
+            "prompts_sha256": prompts.sha256,
+            **settings,
+            "versions": versions(),
+            "audio_sha256": digest([sample.clip.key for sample in some]),
+            "data_kind": "synthetic" if is_synthetic(options.corpus) else "official" if is_official else "other",
+            "made_by": made_by if system == own else None,
+            "missing": Counter(f"{name}: {why}" for record in own_records for name, why in record["missing"].items()),
+            "samples": own_records,
+        }
+        content = json.dumps(result, indent=1, allow_nan=False) + "\n"
+        write_atomically(str(folder), f"{system}.json", content.encode())
     items = read_results(visible_files(folder, "*.json")).items
     print(to_markdown([summary(some, title) for title, some in comparable_sets(items)]))
-    print(f"written to {folder / system}.json; the results of other systems and references are in the same folder")
+    print(f"written to {folder / own}.json; the results of other systems and references are in the same folder")
     print_next(REPORT, results=folder, output_file=folder / "report.md")
 
 
@@ -186,7 +175,7 @@ def _record(sample: Sample, prompts: PromptSet) -> Record:
 
 
 def _own_samples(
-    options: SystemOptions, prompts: PromptSet, ranks: DistributedContext
+    options: GenerationOptions, prompts: PromptSet, ranks: DistributedContext
 ) -> tuple[list[Sample], Record, MimiCodec | None]:
     """Return the system's samples, their origin, and the codec (None for --wavs)."""
     if (wavs := options.wavs) is not None:
