@@ -17,7 +17,10 @@ from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 from llama_mimi.audio.reading import read_audio
 from llama_mimi.common.errors import UserError
 from llama_mimi.evaluation.statistics import crossed_interval
+from llama_mimi.generation.continuation import finished, for_model
+from llama_mimi.generation.decoding import FinishReason, Request, decode
 from llama_mimi.generation.loading import load_speech_model
+from llama_mimi.generation.options import SamplingOptions
 from llama_mimi.generation.transcription import transcribe
 from llama_mimi.judging.error_rates import add_error_rates
 from llama_mimi.judging.options import PROMPTS, RECORDINGS, CorpusOptions, Texts
@@ -165,3 +168,72 @@ def test_wrong_flags_of_asr_are_refused(transcribed, tmp_path):
     ):
         code, stderr = run_here(*asr_command(tmp_path / "new", *flags))
         assert code == 1 and message in stderr and "Traceback" not in stderr
+
+
+def tts_command(model, output_dir, *more):
+    words = ("eval/tts.py", "--model_name", model, "--corpus", VALIDATION, "--limit", 4, "--output_dir", output_dir)
+    words += ("--prompt_seconds", 1.6, "--recording_seconds", 2.6, "--seconds", 5, "--quality", "none")
+    words += ("--asr_model", RECOGNISER, "--speaker_model", TINY / "speaker_encoder", "--batch_size", 2)
+    return *words, *more
+
+
+@pytest.fixture(scope="module")
+def spoken(speaking, tmp_path_factory):
+    """Results of a command. Two of the three recordings are by one speaker, so the third lacks a voice prompt."""
+    folder = tmp_path_factory.mktemp("results") / "tts"
+    code, stderr = run_here(*tts_command(speaking, folder))
+    assert code == 0, stderr
+    return folder
+
+
+def results(folder):
+    return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json") if path.name != "prompts.json"}
+
+
+def test_texts_are_spoken_with_the_voice_prompt(spoken, speaking):
+    """Compare with single calls of `decode`, and with the rest of the recordings."""
+    found, prompts = results(spoken), json.loads((spoken / "prompts.json").read_text())["prompts"]
+    assert found.keys() == {"speaking", "recording", "shuffled", "reconstruction_q4"}
+    model, lengths = load_speech_model(str(speaking)), []
+    of_prompt = {sample["prompt"]: sample for sample in found["speaking"]["samples"]}
+    records = map(json.loads, (spoken / "speaking" / "results.jsonl").read_text().splitlines())
+    seeds = {Path(record["prompt"]).stem: record["seed"] for record in records}
+    for prompt in prompts:
+        prompt_TQ = torch.zeros(0, 4, dtype=torch.long)
+        if prompt["seconds"]:
+            voice_S = read_audio(spoken / "prompts" / f"{prompt['name']}.wav", 24_000).samples_S
+            (prompt_TQ,) = model.codec.encode([voice_S])
+        text = f"{prompt['prompt_text']} {prompt['text']}".strip()
+        sampling = for_model(SamplingOptions(seconds=5), model)
+        drawn = decode(model, [Request(prompt_TQ, seeds[prompt["name"]], text)], sampling, 1)
+        ((_, new_TQ, end, _),) = finished(drawn, 4)
+        sample = of_prompt[prompt["name"]]
+        assert sample["seconds"] == pytest.approx(len(new_TQ) * 0.08) and sample["ended"] == (end == FinishReason.EOS)
+        assert (sample["similarity"] is None) == (prompt["seconds"] == 0)
+        assert sample["reference"] == prompt["text"] and sample.get("prompt_text", "") in ("", prompt["prompt_text"])
+        lengths.append(prompt["seconds"])
+    assert sorted(map(bool, lengths)) == [False, True, True]
+    rate = {name: np.mean([sample["tts/wer"] for sample in result["samples"]]) for name, result in found.items()}
+    assert rate["recording"] < rate["reconstruction_q4"] < rate["shuffled"] and rate["speaking"] > 80
+    assert rate["recording"] < 40 and all(
+        s["similarity"] > 0.5 for s in found["recording"]["samples"] if s["similarity"]
+    )
+
+
+def test_two_ranks_and_a_kill_change_no_speech(spoken, speaking, tmp_path):
+    again = Path(shutil.copytree(spoken, tmp_path / "tts"))
+    (again / "speaking" / "results.jsonl").unlink()
+    shutil.rmtree(again / "measured" / "transcripts")
+    run_ranks(2, tts_command(speaking, again), tmp_path / "log")
+    for name, expected in results(spoken).items():
+        found = results(again)[name]
+        for sample, other in zip(found["samples"], expected["samples"], strict=True):
+            sample.pop("real_time_factor", None), other.pop("real_time_factor", None)
+        assert found["samples"] == expected["samples"]
+
+
+def test_wrong_use_of_tts_is_refused(speaking, model_folder, tmp_path):
+    script, *words = tts_command(speaking, tmp_path / "new")
+    place = words.index("--asr_model")
+    code, stderr = run_here(script, *words[:place], *words[place + 2 :])
+    assert code == 1 and "--asr_model is missing; set --asr_model" in stderr

@@ -41,10 +41,11 @@ def flattened(codec, Q, vocabulary="llama", **shape):
 
 def hierarchical(codec, Q, text_head=None, **shape):
     tokenizer = load_speech_tokenizer(str(TINY / "llama"), str(TINY / "mimi"), Q, "llama", "hierarchical")
-    shape |= {"architecture": "hierarchical", "enable_weight_tying": False, "num_quantizers": Q, "codebook_size": K}
+    shape |= {"architecture": "hierarchical", "num_quantizers": Q, "codebook_size": K}
+    shape |= {"enable_weight_tying": text_head == "tied", "predicts_text": text_head is not None}
     args = replace(FLAVORS["tiny"], vocab_size=tokenizer.vocabulary.size, **shape)
     cls = CsmWithTextHead if text_head == "separate" else CsmForConditionalGeneration
-    csm = cls(csm_config(args, codec=str(TINY / "mimi"), num_quantizers=Q, text_head=text_head))
+    csm = cls(csm_config(args, codec=str(TINY / "mimi"), num_quantizers=Q))
     return HierarchicalModel(csm.eval(), tokenizer, codec.at_depth(Q))
 
 

@@ -139,7 +139,7 @@ def test_ranks_share_a_folder_of_prompts(converted, tmp_path):
         words = ["--model_name", converted, "--prompts", tmp_path / "in", "--output_dir", tmp_path / f"{num_ranks}"]
         words += ["--seconds", 0.8, "--batch_size", 1]
         said = run_ranks(num_ranks, ["inference.py", *words], tmp_path / "log")
-        assert f"6 samples are in {tmp_path / str(num_ranks)}; see " in said
+        assert f"6 results are in {tmp_path / str(num_ranks)}; see " in said
     one, two = ({path.name: path.read_bytes() for path in (tmp_path / n).glob("*.wav")} for n in ("1", "2"))
     assert one == two and len(one) == 6
 
@@ -208,8 +208,9 @@ def test_a_prompt_is_never_replaced(tmp_path):
     ("flags", "message"),
     [
         (("--prompt", "nothing.wav"), "'nothing.wav' does not exist"),
-        (("--prompts", "assets/tiny"), "or set only --prompts"),
-        (("--batch_size", "4"), "--batch_size is 4; set it to 1 or more, and set --prompts"),
+        (("--prompts", "assets/tiny"), "or set one of --prompts, --texts and --transcribe"),
+        (("--texts", "README.md"), "set --prompt, --text or both; or set one of"),
+        (("--batch_size", "4"), "--batch_size is 4; set it to 1 or more, and set --output_dir"),
         (("--stream", "--num_samples", "2"), "--stream supports only one sample of one prompt; remove"),
         (("--model_name", "models/no/such"), "model folder 'models/no/such' does not exist"),
         (("--model_name", "assets/tiny/mimi"), "is of type 'mimi'; choose a model of type llama or csm"),

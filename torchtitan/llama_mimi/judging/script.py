@@ -22,8 +22,9 @@ from llama_mimi.generation.loading import MODELS, load_speech_model
 from llama_mimi.generation.prompt_folder import (
     BATCHES_PER_GROUP,
     SETTINGS,
-    continue_folder,
+    Prompt,
     describe_model,
+    draw_samples,
     without_new_audio,
 )
 from llama_mimi.generation.transcription import transcribe
@@ -183,12 +184,18 @@ def _own_samples(
         return broadcast_from_rank0(lambda: systems.wavs(*arguments)), {"wavs": str(wavs)}, None
     name, device, window = str(options.model_name), str(ranks.device), options.codec_sliding_window
     model = load_speech_model(name, codec_name=options.codec, sliding_window=window, device=device, dtype=options.dtype)
+    if prompts.has_texts:
+        model.require_task("tts", "eval/tts.py")
     if ranks.rank == 0:
         print(settings_note(model, options.sampling), flush=True)
     made_by = broadcast_from_rank0(lambda: describe_model(name, model))
     folder = options.output_dir / options.system
     num_rows = options.batch_size or BATCH_SIZES[ranks.device.type == "cuda"]
-    records = continue_folder(model, options.output_dir / PROMPTS, folder, options.sampling, num_rows, ranks, made_by)
+    own = []
+    for prompt in sorted(prompts.prompts, key=lambda prompt: f"{prompt.name}.wav"):
+        path = prompts.file(PROMPTS, prompt) if prompt.seconds else None
+        own.append(Prompt(f"{prompt.name}.wav", path, f"{prompt.prompt_text} {prompt.text}".strip() or None))
+    records = draw_samples(model, own, folder, options.sampling, num_rows, ranks, made_by)
     samples = systems.continuations(prompts, folder, records, model.codec.frame_rate_hz)
     if ranks.rank == 0:
         print(f"{len(records):,} samples are in {folder}{without_new_audio(records)}", flush=True)
