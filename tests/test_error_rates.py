@@ -179,7 +179,7 @@ def tts_command(model, output_dir, *more):
 
 @pytest.fixture(scope="module")
 def spoken(speaking, tmp_path_factory):
-    """Results of a command. Two of the three recordings are by one speaker, so the third lacks a voice prompt."""
+    """Results of a command. Two of the four recordings are by one speaker, and the others lack a voice prompt."""
     folder = tmp_path_factory.mktemp("results") / "tts"
     code, stderr = run_here(*tts_command(speaking, folder))
     assert code == 0, stderr
@@ -208,11 +208,13 @@ def test_texts_are_spoken_with_the_voice_prompt(spoken, speaking):
         drawn = decode(model, [Request(prompt_TQ, seeds[prompt["name"]], text)], sampling, 1)
         ((_, new_TQ, end, _),) = finished(drawn, 4)
         sample = of_prompt[prompt["name"]]
-        assert sample["seconds"] == pytest.approx(len(new_TQ) * 0.08) and sample["ended"] == (end == FinishReason.EOS)
+        expected_S = model.codec.decode(torch.cat([prompt_TQ, new_TQ])).clamp(-1, 1)
+        assert torch.allclose(read_audio(spoken / sample["file"], None).samples_S, expected_S, atol=1e-3)
+        assert sample["ended"] == (end == FinishReason.EOS)
         assert (sample["similarity"] is None) == (prompt["seconds"] == 0)
         assert sample["reference"] == prompt["text"] and sample.get("prompt_text", "") in ("", prompt["prompt_text"])
         lengths.append(prompt["seconds"])
-    assert sorted(map(bool, lengths)) == [False, True, True]
+    assert sorted(map(bool, lengths)) == [False, False, True, True]
     rate = {name: np.mean([sample["tts/wer"] for sample in result["samples"]]) for name, result in found.items()}
     assert rate["recording"] < rate["reconstruction_q4"] < rate["shuffled"] and rate["speaking"] > 80
     assert rate["recording"] < 40 and all(
