@@ -21,9 +21,8 @@ from llama_mimi.generation.options import SamplingOptions
 from llama_mimi.generation.prompt_folder import (
     Prompt,
     draw_samples,
-    prompts_in_folder,
-    texts_in_file,
-    transcribe_files,
+    find_prompts,
+    read_texts,
     without_new_audio,
 )
 from llama_mimi.generation.transcription import transcribe
@@ -50,7 +49,7 @@ def prompts(tmp_path_factory):
 
 
 def run(model, prompts, output_dir, options=OPTIONS, num_rows=2, **made_by):
-    found = prompts_in_folder(prompts, output_dir)
+    found = find_prompts(prompts, output_dir)
     return draw_samples(model, found, output_dir, options, num_rows, DistributedContext(), made_by)
 
 
@@ -181,7 +180,7 @@ def test_each_line_of_a_file_is_spoken_once(model, tmp_path):
 
     def speak(*lines):
         (tmp_path / "texts.txt").write_text("\n".join(lines))
-        found = texts_in_file(tmp_path / "texts.txt")
+        found = read_texts(tmp_path / "texts.txt")
         return draw_samples(model, found, tmp_path / "out", options, 2, DistributedContext(), {})
 
     options = replace(OPTIONS, temperature=0, min_seconds=0.8, num_samples=1)
@@ -203,8 +202,8 @@ def test_each_line_of_a_file_is_spoken_once(model, tmp_path):
     )
     assert [record["frames"] for record in silent] == [0, 0] and soundfile.info(tmp_path / "b" / "a_0.wav").frames == 0
     (tmp_path / "texts.txt").write_bytes(b"\xff")
-    with pytest.raises(UserError, match="cannot be read as UTF-8 text"):
-        texts_in_file(tmp_path / "texts.txt")
+    with pytest.raises(UserError, match="is not readable as UTF-8"):
+        read_texts(tmp_path / "texts.txt")
 
 
 def test_a_folder_is_transcribed_once(codec, prompts, tmp_path):
@@ -213,10 +212,11 @@ def test_a_folder_is_transcribed_once(codec, prompts, tmp_path):
     model.decoder.config.update({"tasks": ["asr"]})
 
     def run_again(**made_by):
-        return transcribe_files(model, found, tmp_path / "out", SamplingOptions(), 2, DistributedContext(), made_by)
+        settings = SamplingOptions(), 2, DistributedContext(), made_by
+        return draw_samples(model, found, tmp_path / "out", *settings, transcribes=True)
 
     (tmp_path / "bad.wav").write_bytes(b"RIFF")
-    found = [*prompts_in_folder(prompts, tmp_path / "out"), Prompt("bad.wav", tmp_path / "bad.wav")]
+    found = [*find_prompts(prompts, tmp_path / "out"), Prompt("bad.wav", tmp_path / "bad.wav")]
     records = run_again()
     written = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     assert written == records and len(records) == 12 and "is not readable audio" in records[-1]["error"]

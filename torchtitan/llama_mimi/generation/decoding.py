@@ -7,6 +7,7 @@ from enum import Enum
 
 import torch
 
+from llama_mimi.common.errors import UserError
 from llama_mimi.generation.speech_model import SpeechModel
 
 
@@ -74,7 +75,10 @@ def decode(model: SpeechModel, requests: Sequence[Request], sampling: Sampling, 
     window = min(sampling.window_frames, sampling.max_frames + max(len(request.prompt_TQ) for request in requests))
     longest_prefix = max(len(model.tokenizer.prefix_ids(request.text)) for request in requests)
     capacity = longest_prefix + window * model.tokenizer.positions_per_frame
-    model.require_capacity(capacity, f"the text and a window of {window:,} frames", "reduce --window_seconds")
+    context = model.backbone.config.max_position_embeddings
+    if capacity > context:
+        problem = f"the text and a window of {window:,} frames need {capacity:,} positions"
+        raise UserError(f"{problem}, more than the model's context of {context:,}; reduce --window_seconds")
     if model.device.type == "cpu":
         num_rows = min(num_rows, len(requests))  # on a GPU, each number of rows needs a separate CUDA graph
     return _decode(model, requests, replace(sampling, window_frames=window), num_rows, capacity)

@@ -1,7 +1,6 @@
 """The hierarchical architecture: one step of the backbone per frame, one step of the depth decoder per level."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,16 +25,6 @@ class CsmWithTextHead(CsmForConditionalGeneration):
         self.post_init()
 
 
-class _Positions(NamedTuple):
-    """Positions of the backbone for a flattened sequence (L,). A frame, and any other token, is one position."""
-
-    ids_P: torch.Tensor  # the first token of each position
-    entries_PQ: torch.Tensor  # codes of frames; K at every level of other positions
-    is_text_P: torch.Tensor  # True for text tokens, BOS, EOS and <audio>
-    place_L: torch.Tensor  # position of each token
-    level_L: torch.Tensor  # level of each token; 0 if the token is not a code
-
-
 class HierarchicalModel(SpeechModel):
     """A checkpoint of `CsmForConditionalGeneration`; see `SpeechModel`."""
 
@@ -44,19 +33,20 @@ class HierarchicalModel(SpeechModel):
         return self.decoder.backbone_model
 
     @property
-    def _text_head(self) -> str | None:
-        """ "tied" or "separate"; None if the model cannot predict text."""
-        return getattr(self.decoder.config, "text_head", None)
-
-    @property
     def output_VD(self) -> torch.Tensor:
-        if self._text_head is None:
+        csm, kind = self.decoder, getattr(self.decoder.config, "text_head", None)
+        if kind is None:
             problem = "the config of the model lacks text_head, so the model cannot predict text"
             raise UserError(f"{problem}; add a task such as 'asr' to data.tasks and train a model")
-        csm = self.decoder
-        return csm.embed_text_tokens.weight if self._text_head == "tied" else csm.text_head.weight
+        return csm.embed_text_tokens.weight if kind == "tied" else csm.text_head.weight
 
-    def _positions(self, ids_L: torch.Tensor) -> _Positions:
+    def _positions(self, ids_L: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the P positions of flattened ids. A frame is one position, and so is any other token.
+
+        Returns:
+            First id (P,) of each position; entries (P, Q): codes of frames, K at other positions; mask (P,) of
+            positions with text embeddings: text tokens, BOS, EOS, <audio>; position (L,) and level (L,) of each token.
+        """
         vocabulary = self.tokenizer.vocabulary
         level_L = vocabulary.level(ids_L) * vocabulary.is_audio(ids_L)
         place_L = (level_L == 0).cumsum(0) - 1
@@ -64,7 +54,7 @@ class HierarchicalModel(SpeechModel):
         entries_PQ = torch.full((len(ids_P), self.codec.num_quantizers), self.end_entry)
         entries_PQ[place_L, level_L] = vocabulary.entries(ids_L)
         is_text_P = ~vocabulary.is_audio(ids_P) & (ids_P != vocabulary.audio_end_id)
-        return _Positions(ids_P, entries_PQ, is_text_P, place_L, level_L)
+        return ids_P, entries_PQ, is_text_P, place_L, level_L
 
     def embed(self, ids_L: torch.Tensor) -> torch.Tensor:
         ids_P, entries_PQ, is_text_P, *_ = (values.to(self.device) for values in self._positions(ids_L))
@@ -97,7 +87,7 @@ class HierarchicalModel(SpeechModel):
                 found_fQ = self._frame_log_likelihoods(*frames, is_admissible_only)
                 values_NQ[of_frames_NQ] = found_fQ[of_frames_NQ[~is_text_N, :num_levels]]
             # With a text head, text tokens and the entries of level 0 share one softmax.
-            has_one_softmax = self._text_head is not None and not is_admissible_only
+            has_one_softmax = hasattr(self.decoder.config, "text_head") and not is_admissible_only
             by_head_N = is_target_NQ[:, 0] & (is_text_N | has_one_softmax)
             if by_head_N.any():
                 assert not is_admissible_only, "text is scored over the whole vocabulary"

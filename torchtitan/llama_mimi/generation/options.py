@@ -77,16 +77,14 @@ class InferenceOptions:
 
     def __post_init__(self) -> None:
         file, num_rows, text = self.output_file, self.batch_size, self.text or ""
-        is_folder = self.prompts is not None or self.texts is not None
-        is_folder = is_folder or (self.transcribe is not None and self.transcribe.is_dir())
-        inputs = [self.prompt or text, self.prompts, self.texts, self.transcribe]
-        num_inputs = len(inputs) - sum(value in (None, "") for value in inputs)
+        is_many = bool(self.prompts or self.texts or (self.transcribe and self.transcribe.is_dir()))
+        num_inputs = sum(map(bool, (self.prompt or text, self.prompts, self.texts, self.transcribe)))
         needs = "--prompts, --texts, and --transcribe with a folder need --output_dir; other inputs do not allow it"
-        is_batch_wrong = num_rows is not None and (num_rows < 1 or not is_folder)
-        is_stream_wrong = self.stream and (is_folder or self.transcribe or self.sampling.num_samples > 1)
+        is_batch_wrong = num_rows is not None and (num_rows < 1 or not is_many)
+        is_stream_wrong = self.stream and (is_many or self.transcribe or self.sampling.num_samples > 1)
         problems = {
             "set --prompt, --text or both; or set one of --prompts, --texts and --transcribe": num_inputs != 1,
-            needs: is_folder != (self.output_dir is not None),
+            needs: is_many != (self.output_dir is not None),
             f"--batch_size is {num_rows}; set it to 1 or more, and set --output_dir": is_batch_wrong,
             "--stream supports only one sample of one prompt; remove --stream": is_stream_wrong,
             f"--text '{as_utf8(text)}' is not UTF-8; type the text in a UTF-8 terminal": as_utf8(text) != text,

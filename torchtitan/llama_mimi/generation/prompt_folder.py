@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -54,7 +54,7 @@ class Prompt(NamedTuple):
 Sample = tuple[Prompt, Record]  # a record has file, prompt, prompt_sha256 and text (if any), sample (number) and seed
 
 
-def prompts_in_folder(folder: Path, output_dir: Path) -> list[Prompt]:
+def find_prompts(folder: Path, output_dir: Path) -> list[Prompt]:
     """Return the audio files in a folder and its subfolders; raise a `UserError` if the folder has no audio files."""
     folders = [os.path.realpath(each) for each in (folder, output_dir)]
     if os.path.commonpath(folders) in folders:
@@ -65,14 +65,12 @@ def prompts_in_folder(folder: Path, output_dir: Path) -> list[Prompt]:
     return [Prompt(str(path.relative_to(folder.absolute())), path) for path in paths]
 
 
-def texts_in_file(path: Path) -> list[Prompt]:
+def read_texts(path: Path) -> list[Prompt]:
     """Return the lines of a file, which are named by their numbers. Empty lines are skipped."""
     try:
         lines = path.read_text("utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"'{path}' cannot be read as UTF-8 text ({first_line(error)}); set --texts to a file"
-        ) from error
+        raise UserError(f"'{path}' is not readable as UTF-8 ({first_line(error)}); choose a text file") from error
     return [Prompt(f"{number:06}", text=line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
 
 
@@ -84,63 +82,32 @@ def draw_samples(
     num_rows: int,
     ranks: DistributedContext,
     made_by: Mapping[str, Any],
+    transcribes: bool = False,
 ) -> list[Record]:
-    """Continue or speak each prompt ``options.num_samples`` times. Samples of an earlier run are kept.
+    """Continue or speak each prompt ``options.num_samples`` times, or transcribe it. Earlier samples are kept.
 
     ``num_rows`` is the batch size; ``made_by`` is the result of `describe_model`. The function writes
-    ``<prompt>_<sample>.wav``, ``settings.json`` and, at the end, ``results.jsonl`` to ``output_dir``.
+    ``<prompt>_<sample>.wav`` or ``<prompt>.txt``, ``settings.json`` and, at the end, ``results.jsonl`` to
+    ``output_dir``.
 
     Returns:
         The records of ``results.jsonl``, on every rank. If a prompt cannot be read, the records of its samples contain
         an ``error``.
 
     Raises:
-        UserError: two prompts have the same name, or ``settings.json`` contains other settings.
+        UserError: the model was not trained on the task, two prompts have the same name, or ``settings.json`` contains
+            other settings.
     """
+    if transcribes or any(prompt.text is not None for prompt in prompts):
+        model.require_task("asr" if transcribes else "tts", "the command")
     chosen = {"top_p": for_model(options, model).top_p, "last_frame": options.last_frame or model.last_frame}
     settings = {**asdict(options), **chosen, **made_by, "device": ranks.device.type, "batch_size": num_rows}
-    plan = partial(_plan, prompts, [f"_{number}.wav" for number in range(options.num_samples)], options.seed)
-    work = partial(_draw_group, model, output_dir, options, num_rows)
-    records = _complete(output_dir, settings, plan, work, num_rows, ranks)
-    if ranks.rank == 0:
-        num_frames = {record["prompt"]: record.get("prompt_frames", 0) for record in records}
-        print_cut_prompts(model, options, num_frames.values())
-    return records
-
-
-def transcribe_files(
-    model: SpeechModel,
-    prompts: Sequence[Prompt],
-    output_dir: Path,
-    options: SamplingOptions,
-    num_rows: int,
-    ranks: DistributedContext,
-    made_by: Mapping[str, Any],
-) -> list[Record]:
-    """Write the transcript of each prompt to ``<prompt>.txt``; see `draw_samples`.
-
-    Each record contains the ``transcript``. The only option with an effect is ``last_frame``.
-    """
-    settings = {"task": "asr", "last_frame": options.last_frame or model.last_frame, **made_by}
-    settings |= {"device": ranks.device.type, "batch_size": num_rows}
-    plan = partial(_plan, prompts, [".txt"], options.seed)
-    work = partial(_transcribe_group, model, output_dir, options, num_rows)
-    return _complete(output_dir, settings, plan, work, num_rows, ranks)
-
-
-def _complete(
-    output_dir: Path,
-    settings: Mapping[str, Any],
-    plan: Callable[[], dict[str, Sample]],
-    work: Callable[[Mapping[str, Sample]], Iterable[tuple[str, Record]]],
-    num_rows: int,
-    ranks: DistributedContext,
-) -> list[Record]:
-    """Return the records of all samples that ``plan`` names by file, and write them to `RESULTS`."""
+    settings |= {"transcribes": True} if transcribes else {}
     log = ProgressLog(output_dir / "unfinished", {})  # settings.json contains the settings
 
     def prepare() -> dict[str, Sample]:
-        samples = plan()
+        endings = [".txt"] if transcribes else [f"_{number}.wav" for number in range(options.num_samples)]
+        samples = _plan(prompts, endings, options.seed)
         earlier = read_json(str(output_dir), SETTINGS)
         if earlier is None:
             write_atomically(str(output_dir), SETTINGS, (json.dumps(settings, indent=1) + "\n").encode())
@@ -163,8 +130,12 @@ def _complete(
         is_same = file in samples and all(record.get(key) == samples[file][1].get(key) for key in INPUTS)
         return is_same and ("error" in record or (output_dir / file).exists())
 
+    work = partial(_complete_group, model, output_dir, options, num_rows, transcribes)
     records = list(map_resumable(groups, work, log, ranks, unit="sample", is_done=is_done).values())
     if ranks.rank == 0:
+        if not transcribes:
+            num_frames = {record["prompt"]: record.get("prompt_frames", 0) for record in records}
+            print_cut_prompts(model, options, num_frames.values())
         write_atomically(str(output_dir), RESULTS, "".join(json.dumps(record) + "\n" for record in records).encode())
         log.close()
     ranks.wait()
@@ -209,71 +180,53 @@ def _plan(prompts: Sequence[Prompt], endings: Sequence[str], first_seed: int) ->
     return samples
 
 
-def _read_group(
-    model: SpeechModel, options: SamplingOptions, group: Mapping[str, Sample]
-) -> tuple[dict[Path | None, torch.Tensor], dict[Path | None, Waveform], dict[str, Record]]:
-    """Return codes (T, Q) and waveform of each prompt that can be read, and a record with an error of other samples.
-
-    The path of a prompt without speech is None, and its codes have the shape (0, Q).
-    """
-    waveforms: dict[Path | None, Waveform] = {}
-    errors: dict[Path | None, str] = {}
-    for path in dict.fromkeys(prompt.path for prompt, _ in group.values()):
-        try:
-            waveforms |= {path: read_prompt(str(path), model.codec)} if path else {}
-        except AudioError as error:
-            errors[path] = as_utf8(str(error))
-    codes = dict(zip(waveforms, encode_prompts(model, list(waveforms.values()), options), strict=True))
-    codes[None] = torch.zeros(0, model.codec.num_quantizers, dtype=torch.long)
-    failed = {
-        file: {**record, "error": errors[prompt.path]}
-        for file, (prompt, record) in group.items()
-        if prompt.path in errors
-    }
-    return codes, waveforms, failed
-
-
-def _draw_group(
-    model: SpeechModel, output_dir: Path, options: SamplingOptions, num_rows: int, group: Mapping[str, Sample]
+def _complete_group(
+    model: SpeechModel,
+    output_dir: Path,
+    options: SamplingOptions,
+    num_rows: int,
+    transcribes: bool,
+    group: Mapping[str, Sample],
 ) -> Iterator[tuple[str, Record]]:
     codec = model.codec
-    codes, waveforms, failed = _read_group(model, options, group)
-    yield from failed.items()
-    usable = [(file, *sample) for file, sample in group.items() if file not in failed]
-    requests = [Request(codes[prompt.path], record["seed"], prompt.text) for _, prompt, record in usable]
+    waveforms: dict[Path, Waveform] = {}
+    for path in dict.fromkeys(prompt.path for prompt, _ in group.values() if prompt.path):
+        try:
+            waveforms[path] = read_prompt(str(path), codec)
+        except AudioError as error:
+            text = as_utf8(str(error))
+            yield from ((file, {**record, "error": text}) for file, (p, record) in group.items() if p.path == path)
+    codes = dict(zip(waveforms, encode_prompts(model, list(waveforms.values()), options), strict=True))
+    usable: list[tuple[str, Record]] = []
+    requests: list[Request] = []
+    for file, (prompt, record) in group.items():
+        if prompt.path is None or prompt.path in codes:
+            prompt_TQ, warnings = torch.zeros(0, codec.num_quantizers, dtype=torch.long), list[str]()
+            if prompt.path is not None:
+                prompt_TQ, warnings = codes[prompt.path], list(waveforms[prompt.path].audio_warnings)
+            usable.append((file, record | {"prompt_frames": len(prompt_TQ), "audio_warnings": warnings}))
+            requests.append(Request(prompt_TQ, record["seed"], prompt.text))
+    if transcribes:
+        transcripts = transcribe(model, [request.prompt_TQ for request in requests], num_rows)
+        for (file, record), transcript in zip(usable, transcripts, strict=True):
+            path, end = output_dir / file, FinishReason.LENGTH if transcript.is_cut else FinishReason.EOS
+            write_atomically(str(path.parent), path.name, f"{transcript.text}\n".encode())
+            yield file, record | {"transcript": transcript.text, "end": end.value}
+        return
     sampling = for_model(options, model)
     drawn = decode(model, requests, sampling, num_rows)
     drawn = with_progress(drawn, len(requests), sampling.max_frames, codec.frame_rate_hz)
     for number, new_TQ, end, began in finished(drawn, codec.num_quantizers):
-        (file, prompt, record), prompt_TQ = usable[number], requests[number].prompt_TQ
-        codes_TQ = torch.cat([prompt_TQ, new_TQ])
+        (file, record), codes_TQ = usable[number], torch.cat([requests[number].prompt_TQ, new_TQ])
         samples_S = decode_long(codec, codes_TQ) if len(codes_TQ) else torch.zeros(0)
         write_wav(output_dir / file, Waveform(samples_S, codec.sample_rate_hz))
-        found = {
-            "prompt_frames": len(prompt_TQ),
-            "frames": len(new_TQ),
-            "distinct_frames": len(new_TQ.unique(dim=0)),  # few if the model repeats itself
-            "end": end.value,
-            "audio_warnings": list(waveforms[prompt.path].audio_warnings) if prompt.path else [],
-            "seconds": round(time.perf_counter() - began, 3),  # from the first frame to the file
-        }
-        yield file, record | found
-
-
-def _transcribe_group(
-    model: SpeechModel, output_dir: Path, options: SamplingOptions, num_rows: int, group: Mapping[str, Sample]
-) -> Iterator[tuple[str, Record]]:
-    codes, waveforms, failed = _read_group(model, options, group)
-    yield from failed.items()
-    usable = [(file, *sample) for file, sample in group.items() if file not in failed]
-    transcripts = transcribe(model, [codes[prompt.path] for _, prompt, _ in usable], num_rows)
-    for (file, prompt, record), transcript in zip(usable, transcripts, strict=True):
-        path = output_dir / file
-        write_atomically(str(path.parent), path.name, f"{transcript.text}\n".encode())
-        found = {
-            "prompt_frames": len(codes[prompt.path]),
-            "transcript": transcript.text,
-            "end": (FinishReason.LENGTH if transcript.is_cut else FinishReason.EOS).value,
-            "audio_warnings": list(waveforms[prompt.path].audio_warnings) if prompt.path else [],
-        }
-        yield file, record | found
+        yield (
+            file,
+            record
+            | {
+                "frames": len(new_TQ),
+                "distinct_frames": len(new_TQ.unique(dim=0)),  # few if the model repeats itself
+                "end": end.value,
+                "seconds": round(time.perf_counter() - began, 3),  # from the first frame to the file
+            },
+        )

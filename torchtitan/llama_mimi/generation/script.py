@@ -1,5 +1,6 @@
 """Implementation of inference.py: continue, speak or transcribe one input, or many inputs."""
 
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -26,12 +27,10 @@ from llama_mimi.generation.loading import load_speech_model
 from llama_mimi.generation.options import InferenceOptions
 from llama_mimi.generation.prompt_folder import (
     RESULTS,
-    Prompt,
     describe_model,
     draw_samples,
-    prompts_in_folder,
-    texts_in_file,
-    transcribe_files,
+    find_prompts,
+    read_texts,
     without_new_audio,
 )
 from llama_mimi.generation.speech_model import SpeechModel
@@ -52,15 +51,15 @@ def run_inference(options: InferenceOptions) -> None:
         name, codec, window = options.model_name, options.codec, options.codec_sliding_window
         device, dtype = str(ranks.device), options.dtype
         model = load_speech_model(name, codec_name=codec, sliding_window=window, device=device, dtype=dtype)
-        if options.transcribe is not None:
-            model.require_task("asr", "--transcribe")
-        elif options.text is not None or options.texts is not None:
-            model.require_task("tts", "a text to speak")
         if ranks.rank == 0:
             print(settings_note(model, sampling), flush=True)
         if (output_dir := options.output_dir) is None:
             if ranks.rank == 0 and options.transcribe is not None:
-                _transcribe_file(model, options, options.transcribe)
+                waveform = read_prompt(str(options.transcribe), model.codec)
+                (transcript,) = transcribe(model, encode_prompts(model, [waveform], sampling), 1)
+                if transcript.is_cut:
+                    print("the transcript is incomplete, because it reached its maximum length")
+                print(transcript.text)
             elif ranks.rank == 0:
                 _continue_prompt(model, options, files)
                 data_dir = "assets/tiny/benchmarks/salmon" if is_synthetic(model.codec.name) else None
@@ -69,31 +68,16 @@ def run_inference(options: InferenceOptions) -> None:
             return
         made_by = broadcast_from_rank0(lambda: describe_model(name, model))
         num_rows = options.batch_size or (64 if ranks.device.type == "cuda" else 8)
-        prompts = broadcast_from_rank0(lambda: _find_prompts(options, output_dir))
-        complete = draw_samples if options.transcribe is None else transcribe_files
-        records = complete(model, prompts, output_dir, sampling, num_rows, ranks, made_by)
+        folder, transcribes = options.prompts or options.transcribe, options.transcribe is not None
+        find = partial(find_prompts, folder, output_dir) if folder else partial(read_texts, Path(str(options.texts)))
+        prompts = broadcast_from_rank0(find)
+        records = draw_samples(model, prompts, output_dir, sampling, num_rows, ranks, made_by, transcribes)
     if ranks.rank == 0:
         failed = [record["error"] for record in records if "error" in record]
         results = f"{len(records) - len(failed):,} results are in {output_dir}{without_new_audio(records)}"
         print(f"{results}; see {output_dir / RESULTS}")
         if failed:
             raise UserError(f"{len(failed):,} inputs failed; the first error: {failed[0]}")
-
-
-def _find_prompts(options: InferenceOptions, output_dir: Path) -> list[Prompt]:
-    if options.texts is not None:
-        return texts_in_file(options.texts)
-    folder = options.prompts or options.transcribe
-    assert folder is not None
-    return prompts_in_folder(folder, output_dir)
-
-
-def _transcribe_file(model: SpeechModel, options: InferenceOptions, path: Path) -> None:
-    codes = encode_prompts(model, [read_prompt(str(path), model.codec)], options.sampling)
-    (transcript,) = transcribe(model, codes, 1)
-    if transcript.is_cut:
-        print("the transcript is incomplete, because it reached its maximum length")
-    print(transcript.text)
 
 
 def _continue_prompt(model: SpeechModel, options: InferenceOptions, files: list[Path]) -> None:

@@ -71,13 +71,6 @@ class SpeechModel(ABC):
             problem = f"{purpose} needs the task '{task}', but the model was trained on {', '.join(self.tasks)}"
             raise UserError(f"{problem}; choose another model, or add '{task}' to data.tasks and train a model")
 
-    def require_capacity(self, num_positions: int, what: str, remedy: str) -> None:
-        """Raise a `UserError` with a remedy if ``what`` needs more positions than the model's context has."""
-        context = self.backbone.config.max_position_embeddings
-        if num_positions > context:
-            problem = f"{what} need {num_positions:,} positions, more than the model's context of {context:,}"
-            raise UserError(f"{problem}; {remedy}")
-
     def require_finite(self, is_finite: torch.Tensor) -> None:
         """Raise a `UserError` about overflow if ``is_finite``, computed from logits, is False."""
         if not is_finite:

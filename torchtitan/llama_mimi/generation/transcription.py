@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from llama_mimi.generation.kv_cache import BatchedKVCache, product
+from llama_mimi.generation.kv_cache import product
 from llama_mimi.generation.speech_model import SpeechModel
 from llama_mimi.tokens.tokenizer import SpeechTokenizer
 from llama_mimi.tokens.vocabulary import text_ids
@@ -34,56 +34,39 @@ def transcribe(model: SpeechModel, codes: Sequence[torch.Tensor], num_rows: int)
         num_rows: maximum number of clips in a batch. Clips of similar length share a batch.
 
     Raises:
-        UserError: the model was not trained on the task "asr", a clip is too long, or logits are not finite.
+        UserError: the model was not trained on the task "asr", or logits are not finite.
     """
     model.require_task("asr", "transcription")
     if not codes:
         return []
-    tokenizer, longest = model.tokenizer, max(map(len, codes))
-    capacity = 3 + longest * tokenizer.positions_per_frame + _max_tokens(longest)  # 3: BOS, <audio> and </audio>
-    model.require_capacity(capacity, "a clip and its transcript", "split the clip")
+    tokenizer, text_tokenizer = model.tokenizer, model.tokenizer.text_tokenizer
+    limits = [TOKENS_PER_FRAME * len(codes_TQ) + FURTHER_TOKENS for codes_TQ in codes]
+    longest = max(map(len, codes)) * tokenizer.positions_per_frame + 3  # BOS, <audio> and </audio>
     if model.device.type == "cpu":
         num_rows = min(num_rows, len(codes))  # on a GPU, each number of rows needs a separate CUDA graph
-    order = sorted(range(len(codes)), key=lambda index: len(codes[index]), reverse=True)
-    is_valid_2V = _valid_tokens(tokenizer).to(model.device)
-    transcripts: dict[int, Transcript] = {}
-    for start in range(0, len(codes), num_rows):
-        batch = order[start : start + num_rows]
-        with model.borrow_caches(num_rows, capacity) as caches:
-            found = _transcribe_batch(model, [codes[index] for index in batch], caches[0], is_valid_2V)
-        transcripts |= dict(zip(batch, found, strict=True))
-    return [transcripts[index] for index in range(len(codes))]
-
-
-def _transcribe_batch(
-    model: SpeechModel, codes: Sequence[torch.Tensor], contexts: BatchedKVCache, is_valid_2V: torch.Tensor
-) -> list[Transcript]:
-    tokenizer, output_VD = model.tokenizer.text_tokenizer, model.output_VD[: is_valid_2V.shape[1]]
-    contexts.prefill({row: model.embed(model.tokenizer.ids(codes_TQ)) for row, codes_TQ in enumerate(codes)})
+    order = sorted(range(len(codes)), key=limits.__getitem__, reverse=True)
     tokens: list[list[int]] = [[] for _ in codes]
-    is_cut: dict[int, bool] = {}  # of finished rows
-    step = 0
-    while len(is_cut) < len(codes):
-        logits_BV = product(output_VD, contexts.hidden_BD)
-        model.require_finite(logits_BV.isfinite().all())
-        ids_B = logits_BV.masked_fill(~is_valid_2V[min(step, 1)], -torch.inf).argmax(dim=1).cpu()
-        for row in set(range(len(codes))) - is_cut.keys():
-            is_eos = ids_B[row] == tokenizer.eos_token_id
-            if is_eos or step == _max_tokens(len(codes[row])):
-                is_cut[row] = not is_eos
-                contexts.reset(row)
-            else:
-                tokens[row].append(int(ids_B[row]))
-        contexts.step(model.embed(ids_B))
-        step += 1
-    return [
-        Transcript(tokenizer.decode(ids, clean_up_tokenization_spaces=False), is_cut[row])
-        for row, ids in enumerate(tokens)
-    ]
-
-
-def _max_tokens(num_frames: int) -> int:
-    return TOKENS_PER_FRAME * num_frames + FURTHER_TOKENS
+    is_cut = [False] * len(codes)
+    for start in range(0, len(codes), num_rows):
+        unfinished = dict(enumerate(order[start : start + num_rows]))  # clips by row
+        with model.borrow_caches(num_rows, longest + max(limits)) as (contexts, *_):
+            contexts.prefill({row: model.embed(tokenizer.ids(codes[clip])) for row, clip in unfinished.items()})
+            is_valid_V, is_later_V = (is_valid_V.to(model.device) for is_valid_V in _valid_tokens(tokenizer))
+            while unfinished:
+                logits_BV = product(model.output_VD[: len(is_valid_V)], contexts.hidden_BD)
+                model.require_finite(logits_BV.isfinite().all())
+                ids_B = logits_BV.masked_fill(~is_valid_V, -torch.inf).argmax(dim=1).cpu()
+                for row, clip in list(unfinished.items()):
+                    if (token := int(ids_B[row])) != text_tokenizer.eos_token_id and len(tokens[clip]) < limits[clip]:
+                        tokens[clip].append(token)
+                    else:
+                        is_cut[clip] = token != text_tokenizer.eos_token_id
+                        contexts.reset(row)
+                        del unfinished[row]
+                contexts.step(model.embed(ids_B))
+                is_valid_V = is_later_V
+    texts = [text_tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in tokens]
+    return [Transcript(*each) for each in zip(texts, is_cut, strict=True)]
 
 
 def _valid_tokens(tokenizer: SpeechTokenizer) -> torch.Tensor:

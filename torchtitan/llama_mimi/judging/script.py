@@ -184,8 +184,6 @@ def _own_samples(
         return broadcast_from_rank0(lambda: systems.wavs(*arguments)), {"wavs": str(wavs)}, None
     name, device, window = str(options.model_name), str(ranks.device), options.codec_sliding_window
     model = load_speech_model(name, codec_name=options.codec, sliding_window=window, device=device, dtype=options.dtype)
-    if prompts.has_texts:
-        model.require_task("tts", "eval/tts.py")
     if ranks.rank == 0:
         print(settings_note(model, options.sampling), flush=True)
     made_by = broadcast_from_rank0(lambda: describe_model(name, model))
