@@ -433,7 +433,6 @@ def whole(played):
         judge(played.study)
         lines = write_index(played.study)
         patched.setattr(comparisons, "forest", lambda *_, **__: b"a picture")
-        patched.setattr(comparisons, "tradeoff", lambda *_: b"a picture")
         return lines, write_report(played.study, lines).read_text()
 
 

@@ -24,8 +24,8 @@ from llama_mimi.report.estimates import (
     proportion,
     same_items,
 )
-from llama_mimi.report.plots import forest, tradeoff
-from llama_mimi.report.results import SALMON, SALMON_MEAN, measure_of, read_results
+from llama_mimi.report.plots import forest
+from llama_mimi.report.results import measure_of, read_results
 
 NOT_COMPARED = ("real_time_factor",)  # depends on the machine
 SIGNIFICANCE = 0.05
@@ -256,33 +256,6 @@ def published_numbers(items: pd.DataFrame) -> list[Section]:
     text = "The authors of each source have computed these numbers with their own scoring."
     found = _by_system("measure", cells, models)
     return [Section("Published by others", [text], (), found, [sources[model] for model in models])] if found else []
-
-
-def tradeoffs(items: pd.DataFrame, title: str, groups: Mapping[str, Sequence[str]], name: str) -> list[Picture]:
-    """Return a plot of fidelity (SALMon, speaker similarity) against linguistic scores. See `comparison` for groups."""
-    means: dict[str, pd.Series] = {}
-    own = items[items["system"].isin([system for some in groups.values() for system in some])]
-    own = own[~own["measure"].str.contains(":")]  # without further scoring rules
-    for _, measure, rows in by_measure(own, COMPARABLE):
-        of_items = rows.dropna(subset="value").groupby(["system", "part", "item"])["value"].mean()
-        of_parts = of_items.groupby(level=["system", "part"]).mean()
-        means.setdefault(rows["measure"].iloc[0], of_parts.groupby(level="system").mean() * measure.factor)
-    table = pd.DataFrame(means)
-    vertical = [column for column in table if column.startswith(("sLM21/", "sStoryCloze/"))]
-    salmon = [column for column in table if column == SALMON_MEAN] or [column for column in table if column in SALMON]
-    panels = {}
-    for horizontal in (salmon, [column for column in table if column == "similarity"]):
-        axes = [table[some].mean(axis=1, skipna=False) for some in (horizontal, vertical)]
-        points = pd.concat(axes, axis=1).dropna()
-        seeds = {label: [tuple(points.loc[s]) for s in some if s in points.index] for label, some in groups.items()}
-        if scored := {label: some for label, some in seeds.items() if some}:
-            panels[_mean_of(horizontal)] = scored
-    alt = f"{title}: fidelity against linguistic scores{' (synthetic)' * ('synthetic' in set(own['data_kind']))}"
-    return [Picture(f"{name}.png", tradeoff(panels, _mean_of(vertical), alt), alt)] if panels else []
-
-
-def _mean_of(names: Sequence[str]) -> str:
-    return ("mean of " if len(names) > 1 else "") + ", ".join(measure_of(name).heading for name in names)
 
 
 def report_results(results: Sequence[Path], output_file: Path | None) -> None:

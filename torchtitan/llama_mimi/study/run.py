@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import timedelta
 from hashlib import sha256
 from pathlib import Path
@@ -19,6 +20,7 @@ from llama_mimi.common.distributed import end_with_parent
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import LOCK, locked, read_json, write_atomically
 from llama_mimi.common.resume import require_same
+from llama_mimi.evaluation.script import BENCHMARK_SCRIPTS
 from llama_mimi.report.curves import read_curves
 from llama_mimi.study.budget import cost, resolved
 from llama_mimi.study.config import Flags, Launch, Run, Study, label
@@ -59,7 +61,8 @@ def steps(study: Study, run: Run) -> list[Step]:
         Step("convert", [*python, "scripts/convert_dcp_to_hf.py"], conversion, Path(model, "config.json")),
     ]
     for name, options in study.benchmarks.items():
-        output = out / "results" / name / run.name / study.result_files[name]
+        own = replace(study.evaluations[name], model_name=model, output_dir=out / "results")
+        output = BENCHMARK_SCRIPTS[name].result_path(own)
         found.append(Step(name, [*ranks, f"eval/{name}.py"], options | scoring, output))
     if study.generation:
         found.append(Step(GENERATION, [*ranks, "eval/generation.py"], judging, out / f"generations/{run.name}.json"))
@@ -97,9 +100,6 @@ def check_unchanged(study: Study) -> None:
     """Raise a `UserError` if flags or config files have changed since a run was started."""
     for run in study.runs:
         record = read_record(study, run)
-        if "flags" in record:
-            problem = f"'{run_folder(study, run)}' contains a run of an old version of this project"
-            raise UserError(f"{problem}; set another output_dir in the study file")
         for step in steps(study, run):
             if saved := record["settings"].get(step.name):
                 current = dict.fromkeys(saved) | _settings(study, run, step)  # removed flags become None
