@@ -19,7 +19,7 @@ from llama_mimi.corpora.clips import AudioReader, is_too_many, read_in_workers
 from llama_mimi.corpora.formats import open_source
 from llama_mimi.data.build import build_dataloader
 from llama_mimi.data.dataloader import ClipStream, DataMeter, SpeechDataLoader
-from llama_mimi.data.order import RowsInOrder, ShuffledOrder
+from llama_mimi.data.order import RowsInOrder, ShuffledOrder, Stream
 from llama_mimi.data.packing import BatchPacker
 from llama_mimi.tokens.tokenizer import IGNORE_INDEX, load_speech_tokenizer
 from llama_mimi.training.config_file import parse_config
@@ -52,7 +52,7 @@ def reader(corpus, text=None, max_frames=12, path=None):
 
 def read_all(reader, dp_rank=0, dp_world_size=1, num_workers=0):
     """Let the workers of training read every clip of one rank once; return the clips in corpus order."""
-    stream = ClipStream([reader], RowsInOrder(reader.rows_per_unit, dp_rank, dp_world_size), 3)
+    stream = ClipStream([Stream("audio", reader)], RowsInOrder([Stream("audio", reader)], dp_rank, dp_world_size), 3)
     return [clip for chunk in read_in_workers(stream, num_workers=num_workers) for _, clip in chunk]
 
 
@@ -74,10 +74,10 @@ BAD = [b"", b"no audio at all", None]
 
 
 def speech_loader(corpus, codec, tokenizer, max_skip_fraction, **extra):
-    audio = reader(corpus)
-    order = ShuffledOrder([audio], [1.0], 0, 1, shuffle_window=5, seed=0)
+    audio = [Stream("audio", reader(corpus))]
+    order = ShuffledOrder(audio, [1.0], 0, 1, shuffle_window=5, seed=0)
     packer = BatchPacker(tokenizer, 2, 16, is_packed=False, has_positions=False)
-    return SpeechDataLoader([audio], order, packer, codec, workers={}, max_skip_fraction=max_skip_fraction, **extra)
+    return SpeechDataLoader(audio, order, packer, codec, workers={}, max_skip_fraction=max_skip_fraction, **extra)
 
 
 @pytest.mark.parametrize("packing", ["pad", "pack"])
@@ -85,7 +85,7 @@ def speech_loader(corpus, codec, tokenizer, max_skip_fraction, **extra):
 def test_a_text_that_leaves_no_room_for_audio_is_skipped(tmp_path, caplog, monkeypatch, architecture, packing):
     monkeypatch.chdir(ROOT)
     corpus = write_corpus(tmp_path, [GOOD] * 4, num_files=1, texts=["the doctor", "the doctor " * 200] * 2)
-    settings = {"data.task": "tts", "model.architecture": architecture, "data.packing": packing}
+    settings = {"data.tasks": "tts", "model.architecture": architecture, "data.packing": packing}
     settings |= {"training.dataset": corpus, "validation.dataset": corpus, "data.max_skip_fraction": 1}
     flags = [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
     job_config = parse_config(["--job.config_file", "config/tiny.toml", *flags])
@@ -95,14 +95,14 @@ def test_a_text_that_leaves_no_room_for_audio_is_skipped(tmp_path, caplog, monke
         loader = build_dataloader(1, 0, builder, job_config, is_validation=is_validation)
         _, labels = next(iter(loader))
         assert (labels != IGNORE_INDEX).flatten(1).any(dim=1).sum() == 2
-        assert "skipped: text too long: 'clip-00" in caplog.text and "so audio does not fit" in caplog.text
+        assert "skipped: too long: 'clip-00" in caplog.text and "tokens belong to one sequence" in caplog.text
 
 
 @pytest.mark.parametrize(("num_clips", "stops"), [(120, False), (40, True)])
 def test_the_share_is_judged_after_a_hundred_clips_and_at_the_end(tmp_path, codec, tokenizer, num_clips, stops):
     """The first three clips are bad. 2.8 % may be bad: 3.4 of 120 clips; 2.8 of 40 clips, as 40 count as 100."""
     loader = speech_loader(write_corpus(tmp_path, BAD + [GOOD] * (num_clips - 3), 1), codec, tokenizer, 0.028)
-    loader.order = RowsInOrder(loader.readers[0].rows_per_unit)
+    loader.order = RowsInOrder(loader.streams)
     with pytest.raises(UserError, match="3 of 40 clips .* could not be used") if stops else contextlib.nullcontext():
         assert len(list(loader)) == 59  # batches of two clips
 
@@ -140,8 +140,8 @@ def test_workers_need_no_shared_memory(corpus, monkeypatch):
         raise RuntimeError("unable to allocate shared memory(shm)")
 
     monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", full)
-    audio = reader(corpus)
-    stream = ClipStream([audio], RowsInOrder(audio.rows_per_unit), 4)
+    audio = [Stream("audio", reader(corpus))]
+    stream = ClipStream(audio, RowsInOrder(audio), 4)
     sent, read = (next(read_in_workers(stream, num_workers=n, timeout=20 if n else 0)) for n in (1, 0))
     for (_, clip), (_, wanted) in zip(sent, read, strict=True):
         assert np.array_equal(clip.samples_S, wanted.samples_S) and clip.name == wanted.name
@@ -224,9 +224,9 @@ def test_workers_end_with_a_killed_process(corpus):
     script = f"""
 import sys, time
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_clips import ClipStream, RowsInOrder, read_in_workers, reader
-audio = reader({corpus!r})
-chunks = read_in_workers(ClipStream([audio], list(RowsInOrder(audio.rows_per_unit)) * 9, 40), num_workers=2)
+from test_clips import ClipStream, RowsInOrder, Stream, read_in_workers, reader
+audio = [Stream("audio", reader({corpus!r}))]
+chunks = read_in_workers(ClipStream(audio, list(RowsInOrder(audio)) * 9, 40), num_workers=2)
 next(chunks)
 print("reading", flush=True)
 time.sleep(60)

@@ -297,11 +297,11 @@ def world_of_one(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
 
 
-@pytest.mark.parametrize("task", ["a2a", "tts"])
+@pytest.mark.parametrize("task", ["audio", "tts"])
 @pytest.mark.parametrize(("packing", "num_quantizers"), [("pad", 1), ("pad", 8), ("pack", 4)])
 def test_shards_give_the_batches_that_audio_gives(packing, num_quantizers, task, store, speech, world_of_one):
     """Codes and audio give equal batches for any number of levels. The limit of 3.2 s cuts most clips."""
-    flags = ["--codec.num_quantizers", num_quantizers, "--data.packing", packing, "--data.task", task]
+    flags = ["--codec.num_quantizers", num_quantizers, "--data.packing", packing, "--data.tasks", task]
     loaders = []
     for dataset in (store, speech):
         job_config = config(dataset, *flags, "--data.max_skip_fraction", 1)
@@ -319,7 +319,7 @@ def test_a_mixture_has_the_shares_of_audio_asked_for(store, tmp_path, tokenizer,
     loader = build_dataloader(1, 0, tokenizer, config(f"{store}, {short}", *flags))
     seconds = Counter()
     for ref, clip in loader._clips():
-        seconds[ref.corpus] += len(clip.codes_TQ) / 12.5
+        seconds[ref.stream] += len(clip.codes_TQ) / 12.5
         if sum(seconds.values()) > 600:
             break
     # the limit of 3.2 s shortens some clips
@@ -366,7 +366,7 @@ def test_damaged_stores_are_refused_at_the_start(damage, message, store, tmp_pat
     folder = shutil.copytree(store, tmp_path / "store")
     damage(folder)
     with pytest.raises(UserError) as error:
-        config(folder, "--data.task", "tts")
+        config(folder, "--data.tasks", "tts")
     assert message in str(error.value) and "\n" not in str(error.value)
 
 

@@ -50,7 +50,7 @@ def test_a_line_of_the_log(card, monkeypatch, tmp_path):
     metrics.model_parts, metrics.num_flops_per_token = [], 1_000_000
     assert metrics.should_log(1)
     levels_N = torch.tensor([0, 1, 2, 3] * 24 + [4] * 4)  # 24 frames, four clips that end
-    guard.meter.add(levels_N + 1.0, levels_N + 0.5, levels_N, 5)
+    guard.meter.add(levels_N + 1.0, levels_N + 0.5, levels_N + 1, 6)
     metrics.data_loading_times.append(1.0)
     metrics.time_last_log = time.perf_counter() - 8.0
     metrics.log(1, 1.0, 1.0, 0.5, {"n_tokens_seen": 1000, "lr": 1e-3})  # n_tokens_seen counts padding

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from llama_mimi.common.errors import UserError
 from llama_mimi.corpora.code_shards import CodedClip
 from llama_mimi.data.dataloader import SpeechDataLoader
-from llama_mimi.data.order import CorpusOrder, ShuffledOrder
+from llama_mimi.data.order import CorpusOrder, ShuffledOrder, Stream
 from llama_mimi.data.packing import BatchPacker
 from llama_mimi.tokens.tokenizer import IGNORE_INDEX
 
@@ -44,11 +44,11 @@ class MadeUpReader:
 
 
 def make_loaders(readers, tokenizer, dp_world_size, num_workers, *, is_packed=True, seed=3):
-    loaders = []
+    loaders, streams = [], [Stream("audio", reader) for reader in readers]
     for rank in range(dp_world_size):
-        order = ShuffledOrder(readers, [len(reader.lengths) for reader in readers], rank, dp_world_size, WINDOW, seed)
+        order = ShuffledOrder(streams, [len(reader.lengths) for reader in readers], rank, dp_world_size, WINDOW, seed)
         packer = BatchPacker(tokenizer, 2, 170, is_packed=is_packed, has_positions=True)
-        loaders.append(SpeechDataLoader(readers, order, packer, workers={"num_workers": num_workers}))
+        loaders.append(SpeechDataLoader(streams, order, packer, workers={"num_workers": num_workers}))
     return loaders
 
 
@@ -146,7 +146,7 @@ def test_an_epoch_of_windows_is_a_permutation(sizes, window, seed):
 
 
 def corpus(*sizes):
-    return SimpleNamespace(rows_per_unit=np.array(sizes), fingerprint="made up")
+    return Stream("audio", SimpleNamespace(rows_per_unit=np.array(sizes), fingerprint="made up"))
 
 
 def test_the_order_of_a_run_stays():
@@ -166,7 +166,7 @@ def test_windows_are_of_one_size():
 
 def test_fractions_are_met_at_once():
     order = ShuffledOrder([corpus(*[50] * n) for n in (100, 40, 10)], [5, 3, 2], 1, 3, shuffle_window=100, seed=0)
-    drawn = Counter(ref.corpus for ref in itertools.islice(order, 200))
+    drawn = Counter(ref.stream for ref in itertools.islice(order, 200))
     assert [drawn[number] for number in range(3)] == pytest.approx([100, 60, 40], abs=3)
 
 

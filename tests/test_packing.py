@@ -7,6 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llama_mimi.corpora.code_shards import CodedClip
+from llama_mimi.data.examples import ExampleBuilder
 from llama_mimi.data.packing import BatchPacker
 from llama_mimi.tokens.tokenizer import IGNORE_INDEX
 
@@ -19,14 +21,19 @@ def packer(tokenizer, batch_size, seq_len, is_packed=True):
     return BatchPacker(tokenizer, batch_size, seq_len, is_packed=is_packed, has_positions=True)
 
 
+def example(packer, codes_TQ, is_cut=False, text=None):
+    clip = CodedClip("clip", codes_TQ.numpy(), 0.0, is_cut, text)
+    return ExampleBuilder(packer.tokenizer).build("tts" if text else "audio", clip)
+
+
 def fill(packer, clips):
     """Return all batches of the clips (codes, is_cut, text)."""
     batches = []
-    for codes_TQ, is_cut, text in clips:
-        taken = 0
-        while taken < len(codes_TQ):
-            taken += packer.add(codes_TQ[taken:].numpy(), is_cut=is_cut, text=text)
-            if packer.is_full:
+    for clip in clips:
+        own, unit = example(packer, *clip), 0
+        while unit < len(own.ends_U):
+            begun, unit = unit, packer.add(own, unit)
+            if packer.is_full or unit == begun:
                 batches.append((packer.num_frames, *packer.pop()))
     return batches if packer.is_empty else [*batches, (packer.num_frames, *packer.pop())]
 
@@ -89,7 +96,7 @@ def test_a_row_has_room_for_a_frame_behind_a_text(tokenizer, is_packed):
     length = len(tokenizer.prefix_ids("the doctor"))
     for seq_len, has_room in ((length + 3, True), (length + 2, False)):
         rows = packer(tokenizer, 1, seq_len, is_packed)
-        assert (rows.no_room("the doctor") is None) == has_room
+        assert (rows.no_room(example(rows, codes(2), False, "the doctor")) is None) == has_room
         ((_, _, labels_BL),) = fill(rows, [(codes(2), False, "the doctor")])
         assert int((labels_BL != IGNORE_INDEX).sum()) == (4 if has_room else 3)
 

@@ -25,8 +25,9 @@ def render() -> str:
 
 def default(value: ast.expr) -> str:
     """Return a default value as TOML writes it."""
-    if isinstance(value, ast.Call):  # field(default_factory=list)
-        return "[]"
+    if isinstance(value, ast.Call):  # field(default_factory=list), or a lambda that returns a list
+        factory = value.keywords[0].value
+        return ast.unparse(factory.body).replace("'", '"') if isinstance(factory, ast.Lambda) else "[]"
     constant = ast.literal_eval(value)
     if isinstance(constant, bool):
         return str(constant).lower()

@@ -235,8 +235,8 @@ def plain_step(model: torch.nn.Module, optimizer: AdamW, loss: torch.Tensor) -> 
 
 @pytest.mark.parametrize(
     "settings",
-    [{"training.steps": 20, "training.local_batch_size": 2}, {"training.steps": 2, "data.task": "tts"}],
-    ids=["a2a", "tts"],
+    [{"training.steps": 20, "training.local_batch_size": 2}, {"training.steps": 2, "data.tasks": "tts"}],
+    ids=["audio", "tts"],
 )
 def test_a_run_equals_a_plain_loop_over_hugging_face(base_model, tmp_path, settings):
     assert_equals_plain_loop(tmp_path, 1, base_model, settings)

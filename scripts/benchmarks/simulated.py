@@ -28,14 +28,17 @@ def random_clips(frames: np.ndarray, config: MimiConfig) -> list[CodedClip]:
     return [CodedClip(f"clip-{i}", codes_TQ, len(codes_TQ) * frame_s, False) for i, codes_TQ in enumerate(codes)]
 
 
-def write_codes(folder: Path, codec: str, shards: Sequence[list[CodedClip]]) -> str:
+def write_codes(
+    folder: Path, codec: str, shards: Sequence[list[CodedClip]], optional_columns: Sequence[str] = ()
+) -> str:
     """Write a complete tokenised corpus, and return its folder.
 
     Args:
         codec: hub id or folder of the codec.
         shards: list of clips for each shard; a list that is the same object as the first list becomes a hard link.
+        optional_columns: further columns, such as "text" and "speaker".
     """
-    columns = ["id", "codes", "duration", "is_cut"]
+    columns = ["id", "codes", "duration", "is_cut", *optional_columns]
     folder.mkdir(parents=True)
     paths = [folder / f"shard-{number:06d}.parquet" for number in range(len(shards))]
     for path, clips in zip(paths, shards, strict=True):

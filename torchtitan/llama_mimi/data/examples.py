@@ -91,7 +91,7 @@ class ExampleBuilder:
         """Return the rows of the codes and, if the clip is not cut, of ``</audio>``."""
         width = self._tokenizer.ids_per_position
         frames_NW = self._ids_QK[np.arange(len(self._ids_QK)), clip.codes_TQ].reshape(-1, width)
-        end_NW = np.full((not clip.is_cut, width), self._tokenizer.vocabulary.audio_end_id)
+        end_NW = np.full((int(not clip.is_cut), width), self._tokenizer.vocabulary.audio_end_id)
         return np.concatenate([frames_NW, end_NW])
 
 

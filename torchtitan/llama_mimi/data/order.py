@@ -118,9 +118,12 @@ class ShuffledOrder:
     seed: int
 
     def __post_init__(self) -> None:
+        self.fingerprint: dict[str, Any]
         tasks, readers = zip(*self.streams, strict=True)
         corpora, window, seed = [reader.fingerprint for reader in readers], self.shuffle_window, self.seed
-        self.fingerprint = {"corpora": corpora, "tasks": list(tasks), "shuffle_window": window, "seed": seed}
+        self.fingerprint = {"corpora": corpora, "shuffle_window": window, "seed": seed}
+        if set(tasks) != {"audio"}:
+            self.fingerprint["tasks"] = list(tasks)
         self._orders = []
         for number, reader in enumerate(readers):
             num_rows = window // CLIPS_PER_BLOCK if isinstance(reader, UtteranceCorpus) else window

@@ -47,8 +47,11 @@ class BatchPacker:
         return min(self._used_B) == self._seq_len
 
     def no_room(self, example: Example) -> str | None:
-        """Return the reason why an example does not fit into an empty sequence, or None if it fits."""
-        units_U = np.diff(example.ends_U, prepend=0)
+        """Return the reason why a unit does not fit into an empty sequence, or None if all units fit.
+
+        If an example must stay in one sequence, only its first unit must fit, because `add` cuts the example.
+        """
+        units_U = np.diff(example.ends_U[: 1 if example.is_whole else None], prepend=0)
         # The last token of a sequence needs no position: it is predicted, but not read.
         length = len(example.prefix_NW) + int(units_U.max(initial=0)) - 1
         if length <= self._seq_len:

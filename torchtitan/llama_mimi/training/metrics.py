@@ -154,8 +154,9 @@ class SpeechMetrics(MetricsProcessor):
         for number, task in enumerate(tasks):
             rows = dict(zip(names, by_task[:, number].T.tolist(), strict=True))
             means = {name: total / count for name, (total, count, _) in rows.items() if count}
-            levels = [f"{means[name]:.3f}" if name in means else "-" for name in names[:-2]] * (rows["level_0"][1] > 0)
-            levels += [f"text {means['text']:.3f}"] * ("text" in means)
+            shown = {name: f"{means[name]:.3f}" if name in means else "-" for name in names[:-2]}
+            levels = list(shown.values()) if "level_0" in means else []
+            levels += [f"text {mean:.3f}" for name, mean in means.items() if name == "text"]
             texts.append(f"{'levels' if len(tasks) == 1 else task}: {' '.join(levels) or '-'}")
             nats = {name: rows[name][2] / rows[name][1] for name in names[:-2] if name in means}
             if len(nats) == len(fractions):
