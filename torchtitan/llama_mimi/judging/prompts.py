@@ -6,7 +6,7 @@ import math
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -114,7 +114,6 @@ def _write_prompts(folder: Path, options: CorpusOptions, texts: Texts | None) ->
     skipped: Counter[str] = Counter()
     num_read = num_unreadable = 0
     drawn: list[tuple[bytes, int, Prompt]] = []  # (hash, row number, prompt), sorted by hash
-    seconds: dict[str, float] = {}  # length of each recording
     names: set[str] = set()
     sizes = [unit.num_rows or 0 for unit in source.units]  # 0 if unknown, for a tar
     total = sum(sizes) if all(sizes) else None
@@ -144,8 +143,7 @@ def _write_prompts(folder: Path, options: CorpusOptions, texts: Texts | None) ->
         if texts and waveform.is_cut:  # the text would not fit
             skipped["too long"] += 1
             continue
-        seconds[name] = waveform.seconds
-        prompt = Prompt(name, speaker, 0.0, row["text"] if texts else "")
+        prompt = Prompt(name, speaker, waveform.seconds, row["text"] if texts else "")
         if isinstance(options, PromptOptions) and not texts:
             prompt = replace(prompt, seconds=cut_seconds(waveform, options.prompt_seconds))
             prompt_S = waveform.samples_S[: round(prompt.seconds * waveform.sample_rate_hz)]
@@ -166,9 +164,7 @@ def _write_prompts(folder: Path, options: CorpusOptions, texts: Texts | None) ->
         problem = f"'{options.corpus}' lacks a readable recording of at least {options.min_seconds:g} s"
         raise UserError(f"{problem}; reduce --recording_seconds and --prompt_seconds, or add longer recordings")
     prompts = [prompt for _, _, prompt in sorted(drawn, key=lambda one: one[1])]
-    if texts and texts.voice_seconds:
-        distances = {name: abs(length - texts.voice_seconds) for name, length in seconds.items()}
-        prompts = _add_voice_prompts(partial, prompts, distances)
+    prompts = _add_voice_prompts(partial, prompts, texts.voice_seconds) if texts else prompts
     hash_of_files = _files_sha256(partial.folder)  # before the rename, because hashing is slow
     for part in (RECORDINGS, PROMPTS):
         (partial.folder / part).mkdir(exist_ok=True)
@@ -177,29 +173,30 @@ def _write_prompts(folder: Path, options: CorpusOptions, texts: Texts | None) ->
     return prompts, skipped, hash_of_files
 
 
-def _add_voice_prompts(partial: PromptSet, prompts: list[Prompt], distances: Mapping[str, float]) -> list[Prompt]:
-    """Insert a voice prompt before each recording, and return the changed prompts.
+def _add_voice_prompts(partial: PromptSet, prompts: Sequence[Prompt], voice_seconds: float) -> list[Prompt]:
+    """Insert a voice prompt before each recording; return the prompts, whose lengths are now those of voice prompts.
 
-    The voice prompt is another recording of the same speaker: the recording with the smallest of the ``distances``,
-    padded with zeros to whole frames. Without another recording of the speaker, there is no voice prompt.
+    The voice prompt is the other recording of the same speaker whose length is nearest to ``voice_seconds``, padded
+    with zeros to whole frames. If ``voice_seconds`` is 0, or if there is no such recording, the recording is unchanged.
     """
-    utterances = partial.folder / UTTERANCES
+    utterances, changed = partial.folder / UTTERANCES, []
     (partial.folder / RECORDINGS).rename(utterances)
-    changed = []
+    (partial.folder / RECORDINGS).mkdir()
     for prompt in tqdm(prompts, "voice prompts", unit="recording"):
-        waveform = read_audio(utterances / f"{prompt.name}.wav", None)
-        same = [other for other in prompts if other.speaker == prompt.speaker != "" and other is not prompt]
-        if same:
-            voice = min(same, key=lambda other: (distances[other.name], other.name))
+        path, seconds, text = utterances / f"{prompt.name}.wav", 0.0, ""
+        others = [one for one in prompts if voice_seconds and one.speaker == prompt.speaker != "" and one is not prompt]
+        if others:
+            voice = min(others, key=lambda other: (abs(other.seconds - voice_seconds), other.name))
+            text, seconds = voice.text, round(math.ceil(voice.seconds / FRAME_SECONDS - 1e-6) * FRAME_SECONDS, 2)
+            waveform = read_audio(path, None)
             voice_S = read_audio(utterances / f"{voice.name}.wav", waveform.sample_rate_hz).samples_S
-            num_frames = math.ceil(len(voice_S) / (FRAME_SECONDS * waveform.sample_rate_hz) - 1e-6)
-            seconds = round(num_frames * FRAME_SECONDS, 2)
             voice_S = F.pad(voice_S, (0, round(seconds * waveform.sample_rate_hz) - len(voice_S)))
             write_wav(partial.file(PROMPTS, prompt), replace(waveform, samples_S=voice_S))
-            waveform = replace(waveform, samples_S=torch.cat([voice_S, waveform.samples_S]))
-            prompt = replace(prompt, seconds=seconds, prompt_text=voice.text)
-        write_wav(partial.file(RECORDINGS, prompt), waveform)
-        changed.append(prompt)
+            whole_S = torch.cat([voice_S, waveform.samples_S])
+            write_wav(partial.file(RECORDINGS, prompt), replace(waveform, samples_S=whole_S))
+        else:
+            shutil.copy(path, partial.file(RECORDINGS, prompt))
+        changed.append(replace(prompt, seconds=seconds, prompt_text=text))
     shutil.rmtree(utterances)
     return changed
 

@@ -61,7 +61,6 @@ def judge_generations(options: GenerationOptions) -> None:
     with distributed_context(options.device) as ranks, ExitStack() as locks:
         prompts = _lock_and_make(locks, options.output_dir, options.system, options.prompts, options.texts)
         own, made_by, codec = _own_samples(options, prompts, ranks)
-        _check_earlier(prompts, options.system, made_by)
         if ranks.rank == 0 and not any(prompt.speaker for prompt in prompts.prompts):
             print("the corpus does not name speakers, so the two voices of a shuffled pair can be the same", flush=True)
         samples = {options.system: own, **systems.references(prompts, codec, options.sampling.seconds, ranks)}
@@ -79,15 +78,14 @@ def score_recogniser(options: AsrOptions) -> None:
         texts = Texts(options.text_column, MAX_RECORDING_SECONDS)
         prompts = _lock_and_make(locks, options.output_dir, options.system, options.recordings, texts)
         recogniser = _recogniser(options, ranks)
-        made_by = broadcast_from_rank0(lambda: {"model_sha256": weights_sha256(options.model_name)})
-        _check_earlier(prompts, options.system, made_by)
         samples = [Sample(prompt, 0, Clip(prompts.file(RECORDINGS, prompt))) for prompt in prompts.prompts]
         values = metrics.compute(recogniser, [(sample.clip,) for sample in samples], prompts.folder / MEASURED, ranks)
         records = [_record(sample, prompts) | value for sample, value in zip(samples, values, strict=True)]
         measures = {"error_rates": add_error_rates(records, prompts, options.language, "asr")}
         settings = {"seconds": MAX_RECORDING_SECONDS, "measures": measures}
-        made_by |= {"model": options.model_name, "recogniser": recogniser.description}
         if ranks.rank == 0:
+            made_by: Record = {"model": options.model_name, "model_sha256": weights_sha256(options.model_name)}
+            made_by["recogniser"] = recogniser.description
             _write_results(prompts, options.recordings, made_by, {options.system: samples}, records, settings)
 
 
@@ -125,14 +123,6 @@ def _lock_and_make(
     return broadcast_from_rank0(lock_and_make)
 
 
-def _check_earlier(prompts: PromptSet, system: str, made_by: Record) -> None:
-    """Raise a `UserError` if the folder contains a result of another system with the same name."""
-    if earlier := read_json(str(prompts.folder), f"{system}.json"):
-        origin: Record = {key: made_by[key] for key in ("wavs", "model_sha256") if key in made_by}
-        path = prompts.folder / f"{system}.json"
-        require_same(earlier.get("made_by") or {}, origin, f"'{path}'", "choose another --name")
-
-
 def _write_results(
     prompts: PromptSet,
     options: CorpusOptions,
@@ -144,6 +134,9 @@ def _write_results(
     """Write a result file for each system, and print a table. The first system is ``made_by`` a model, or is WAVs."""
     folder, is_official = prompts.folder, options.corpus == OFFICIAL_CORPUS and options.limit is None
     own, *_ = samples
+    if earlier := read_json(str(folder), f"{own}.json"):  # refuse another system with the same name
+        origin: Record = {key: made_by[key] for key in ("wavs", "model_sha256") if key in made_by}
+        require_same(earlier.get("made_by") or {}, origin, f"'{folder / own}.json'", "choose another --name")
     for system, some in samples.items():
         own_records, records = records[: len(some)], records[len(some) :]
         result = {
