@@ -144,6 +144,30 @@ def test_ranks_share_a_folder_of_prompts(converted, tmp_path):
     assert one == two and len(one) == 6
 
 
+def test_transcription(converted, tmp_path, capsys):
+    """One file is printed, and a folder gives one record for each file. A model needs the task "asr"."""
+    words = ["inference.py", "--model_name", tmp_path / "model", "--transcribe"]
+    shutil.copytree(converted, tmp_path / "model")
+    code, stderr = run_here(*words, TINY / "prompt.wav")
+    assert code == 1 and "transcription needs the task 'asr', but the model was trained on tts" in stderr
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"tasks": ["audio", "asr"]}))
+    capsys.readouterr()
+    assert run_here(*words, TINY / "prompt.wav")[0] == 0
+    printed = capsys.readouterr().out
+    (tmp_path / "in").mkdir()
+    shutil.copy(TINY / "prompt.wav", tmp_path / "in")
+    code, stderr = run_here(*words, tmp_path / "in")
+    assert code == 1 and "--transcribe with a folder need --output_dir" in stderr
+    assert run_here(*words, tmp_path / "in", "--output_dir", tmp_path / "out")[0] == 0
+    (line,) = (tmp_path / "out" / "results.jsonl").read_text().splitlines()
+    record = json.loads(line)
+    assert (record["file"], record["prompt"]) == ("prompt.txt", "prompt.wav") and record["transcript"]
+    assert printed.endswith(f"{record['transcript']}\n")
+    code, stderr = run_here("inference.py", "--model_name", tmp_path / "model", "--text", "one")
+    assert code == 1 and "a text to speak needs the task 'tts', but the model was trained on audio, asr" in stderr
+
+
 def test_released_layout_works(tokenizer, tmp_path):
     """As in llm-jp/Llama-Mimi-*, the config has num_quantizers but no codec. The flag --codec sets the codec."""
     config = LlamaConfig.from_pretrained(TINY / "llama")
