@@ -6,8 +6,8 @@
 
 SIGKILL ends the command. The command is started again on 1 to 4 ranks until it finishes. If the command finishes before
 the last kill, its output is removed and the command starts from the beginning. The shards are compared with the shards
-of a run without kills. Training (tiny config, packed sequences) records the frames that each
-step uses. The recorded frames must be the frames before the data position of the last checkpoint.
+of a run without kills. Training (tiny config, packed sequences) records the frames that each step uses. The recorded
+frames must be the frames before the data position of the last checkpoint.
 """
 
 import contextlib

@@ -67,18 +67,16 @@ SUMMARY = (
 
 
 def _by_system(corner: str, cells: Mapping[str, Mapping[str, str]], columns: Sequence[str]) -> list[Table]:
-    """Return a table with measures as rows and systems as columns; leave out empty rows and tables."""
+    """Return a table with measures as rows and systems as columns; leave out empty rows and tables.
+
+    If all data are synthetic, only the header is marked as synthetic.
+    """
     rows = [[name, *(of.get(column, "") for column in columns)] for name, of in cells.items()]
     rows = [row for row in rows if any(row[1:])]
-    return [_table([corner, *columns], rows)] if rows else []
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """Return a table of measures. If all data are synthetic, only the header is marked as synthetic."""
-    if all(SYNTHETIC in row[0] for row in rows):
-        header = [f"{header[0]} (synthetic data)", *header[1:]]
+    if rows and all(SYNTHETIC in row[0] for row in rows):
+        corner += " (synthetic data)"
         rows = [[row[0].replace(SYNTHETIC, ""), *row[1:]] for row in rows]
-    return Table(header, rows)
+    return [Table([corner, *columns], rows)] if rows else []
 
 
 def comparison(

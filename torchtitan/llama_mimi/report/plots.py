@@ -9,7 +9,6 @@ from llama_mimi.report.estimates import Estimate
 
 WIDTH_INCHES = 5.2
 FONT_SIZE = 10.5
-DPI = 120
 
 
 def forest(panels: Mapping[str, Mapping[str, Estimate]], title: str, *, is_difference: bool = False) -> bytes:
@@ -48,10 +47,7 @@ def forest(panels: Mapping[str, Mapping[str, Estimate]], title: str, *, is_diffe
             elif next(iter(lines.values())).measure.is_accuracy:
                 axes.axvline(50, color="black", linewidth=0.8, linestyle=":")  # chance
                 axes.set_xlim(0, 100)
-            stars = [" *" * one.has_star for one in lines.values()]
-            axes.set_yticks(
-                range(len(lines)), [labels[system] + star for system, star in zip(lines, stars, strict=True)]
-            )
+            axes.set_yticks(range(len(lines)), [labels[name] + " *" * one.has_star for name, one in lines.items()])
             axes.set_ylim(len(lines) - 0.4, -0.6)
             axes.set_title(textwrap.fill(heading, 36), loc="left", fontsize=FONT_SIZE, weight="bold", pad=3)
             axes.locator_params(axis="x", nbins=5)
@@ -60,4 +56,4 @@ def forest(panels: Mapping[str, Mapping[str, Estimate]], title: str, *, is_diffe
             axes.grid(axis="x", alpha=0.3)
             axes.spines[["top", "right", "left"]].set_visible(False)
             axes.tick_params(axis="y", length=0)
-    return save_picture(figure, dpi=DPI)
+    return save_picture(figure)

@@ -105,7 +105,7 @@ class Study:
     @cached_property
     def evaluations(self) -> dict[str, EvaluationOptions]:
         """Parsed flags of each benchmark."""
-        return {name: parse_options(EvaluationOptions, _with_model(flags)) for name, flags in self.benchmarks.items()}
+        return {name: parse_options(EvaluationOptions, to_cli_args(flags)) for name, flags in self.benchmarks.items()}
 
     @property
     def runs(self) -> list[Run]:
@@ -185,7 +185,7 @@ def _scored(study: Study) -> set[str]:
 
 def _judged(flags: Flags) -> set[str]:
     """Return the names of the measures that eval/generation.py computes with these flags; check the flags."""
-    options = parse_options(GenerationOptions, _with_model(flags))
+    options = parse_options(GenerationOptions, to_cli_args(flags | {"model_name": "model"}))
     measures = options.measures
     found = {"seconds", "silent", "ended", "distinct_frames"}
     found |= {name for name in MEASURES if name.split("/")[0] == measures.quality}
@@ -198,11 +198,6 @@ def _judged(flags: Flags) -> set[str]:
     if measures.judge_model is not None:
         found |= {f"judge/{name}" for name in read_criteria(measures.judge_criteria).names}
     return found
-
-
-def _with_model(flags: Flags) -> list[str]:
-    """Return flags of a script in eval/ as command-line arguments, with the name of a model."""
-    return to_cli_args({**flags, "model_name": "model"})
 
 
 def _table(study: Study, grid: Flags, computed: set[str]) -> Table:

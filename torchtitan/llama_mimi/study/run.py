@@ -10,7 +10,6 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from datetime import timedelta
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -103,8 +102,7 @@ def check_unchanged(study: Study) -> None:
         for step in steps(study, run):
             if saved := record["settings"].get(step.name):
                 current = dict.fromkeys(saved) | _settings(study, run, step)  # removed flags become None
-                what = f"the step '{step.name}' of {run.name}"
-                require_same(saved, current, what, RESTORE)
+                require_same(saved, current, f"the step '{step.name}' of {run.name}", RESTORE)
 
 
 def train_and_score(study: Study, runs: Sequence[Run]) -> None:
@@ -158,19 +156,10 @@ def _run(study: Study, run: Run, todo: Sequence[Step]) -> None:
             break
         record["seconds"][step.name] = round(time.monotonic() - began, 1)
         save()
-        print(f"{run.name}: {step.name} is done; {_progress(study)}", flush=True)
+        num_done = sum(len(read_record(study, one)["seconds"]) for one in study.runs)
+        print(f"{run.name}: {step.name} is done; {num_done} steps of {len(study.runs)} runs are done", flush=True)
     record["failed"] = failed
     save()
-
-
-def _progress(study: Study) -> str:
-    """Return the number of finished steps, and estimate the time left from the mean time of each command."""
-    names = [TRAIN, "convert", *study.benchmarks, *[GENERATION] * bool(study.generation)]
-    records = [read_record(study, run)["seconds"] for run in study.runs]
-    seconds = {name: [record[name] for record in records if name in record] for name in names}
-    left = sum(sum(some) / len(some) * (len(records) - len(some)) for some in seconds.values() if some)
-    time_left = timedelta(seconds=round(left / study.launch.parallel))
-    return f"{sum(map(len, seconds.values()))} of {len(names) * len(records)} steps, left: about {time_left}"
 
 
 def start(launch: Launch, name: str, log: Path, command: list[str]) -> None:
