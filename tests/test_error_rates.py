@@ -212,6 +212,7 @@ def test_texts_are_spoken_with_the_voice_prompt(spoken, speaking):
         assert torch.allclose(read_audio(spoken / sample["file"], None).samples_S, expected_S, atol=1e-3)
         assert sample["ended"] == (end == FinishReason.EOS)
         assert (sample["similarity"] is None) == (prompt["seconds"] == 0)
+        assert sample["missing"].get("similarity") == (None if prompt["seconds"] else "no voice prompt")
         assert sample["reference"] == prompt["text"] and sample.get("prompt_text", "") in ("", prompt["prompt_text"])
         lengths.append(prompt["seconds"])
     assert sorted(map(bool, lengths)) == [False, False, True, True]

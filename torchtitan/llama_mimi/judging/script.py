@@ -235,6 +235,8 @@ def measure_samples(
         clip_pairs = [(Clip(prompts.file(PROMPTS, sample.prompt)), sample.clip) for sample, _ in prompted]
         measure = metrics.speaker_similarity(options.speaker_model, similarity_seconds, device)
         enter(measure, [record for _, record in prompted], clip_pairs)
+        for sample, record in usable:
+            record["missing"] |= {} if sample.prompt.seconds else {"similarity": "no voice prompt"}
         whole, fixed = measure.keys
         for record in audible:
             if record[whole] is not None and record[fixed] is None:
