@@ -3,6 +3,7 @@
 import pytest
 import torch
 from test_generation import K, built, clip
+from transformers import CsmForConditionalGeneration, LlamaForCausalLM
 
 from llama_mimi.common.errors import UserError
 from llama_mimi.generation.loading import load_speech_model
@@ -134,9 +135,12 @@ def test_models_without_the_task_are_refused(codec, model):
 
 
 def test_a_folder_with_a_text_head_is_loaded(model, tmp_path):
-    """The loaded model and the saved model give the same transcripts."""
+    """The loaded model and the saved model give the same transcripts. Stock classes ignore a separate text head."""
     model.decoder.save_pretrained(tmp_path)
     model.tokenizer.text_tokenizer.save_pretrained(tmp_path)
     loaded = load_speech_model(str(tmp_path), codec_name=model.codec.name, device="cpu")
     assert loaded.tasks == ["asr", "interleaved", "text"]
     assert transcribe(loaded, [clip(5)], 1) == transcribe(model, [clip(5)], 1)
+    stock_class = LlamaForCausalLM if loaded.tokenizer.architecture == "flattened" else CsmForConditionalGeneration
+    _, info = stock_class.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and set(info["unexpected_keys"]) <= {"text_head.weight"}

@@ -69,12 +69,9 @@ class HierarchicalModel(SpeechModel):
         embedded = [self.embed(ids_L) for ids_L in ids]
         padded_BPD = pad_sequence(embedded, batch_first=True)  # right padding has no effect
         hidden_BPD = self.backbone(inputs_embeds=padded_BPD, use_cache=False).last_hidden_state
-        # N: positions of all sequences. The state before a position predicts it; the first of a sequence has none.
-        before = [
-            F.pad(hidden_PD[: len(own_PD) - 1], (0, 0, 1, 0))
-            for hidden_PD, own_PD in zip(hidden_BPD, embedded, strict=True)
-        ]
-        hidden_ND = torch.cat(before)
+        before_BPD = F.pad(hidden_BPD, (0, 0, 1, -1))  # the hidden state that predicts each position
+        # N: positions of all sequences.
+        hidden_ND = torch.cat([state_PD[: len(own_PD)] for state_PD, own_PD in zip(before_BPD, embedded, strict=True)])
         ids_N, entries_NQ, is_text_N, place_L, level_L = self._positions(torch.cat(list(ids)))
         values_NQ = torch.full(entries_NQ.shape, torch.nan, dtype=torch.float64)
         for masks in is_scored:

@@ -220,13 +220,10 @@ def _complete_group(
         (file, record), codes_TQ = usable[number], torch.cat([requests[number].prompt_TQ, new_TQ])
         samples_S = decode_long(codec, codes_TQ) if len(codes_TQ) else torch.zeros(0)
         write_wav(output_dir / file, Waveform(samples_S, codec.sample_rate_hz))
-        yield (
-            file,
-            record
-            | {
-                "frames": len(new_TQ),
-                "distinct_frames": len(new_TQ.unique(dim=0)),  # few if the model repeats itself
-                "end": end.value,
-                "seconds": round(time.perf_counter() - began, 3),  # from the first frame to the file
-            },
-        )
+        found = {
+            "frames": len(new_TQ),
+            "distinct_frames": len(new_TQ.unique(dim=0)),  # few if the model repeats itself
+            "end": end.value,
+            "seconds": round(time.perf_counter() - began, 3),  # from the first frame to the file
+        }
+        yield file, record | found

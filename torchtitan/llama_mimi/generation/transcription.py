@@ -45,13 +45,14 @@ def transcribe(model: SpeechModel, codes: Sequence[torch.Tensor], num_rows: int)
     if model.device.type == "cpu":
         num_rows = min(num_rows, len(codes))  # on a GPU, each number of rows needs a separate CUDA graph
     order = sorted(range(len(codes)), key=limits.__getitem__, reverse=True)
+    is_first_V, is_later_V = _valid_tokens(tokenizer).to(model.device)
     tokens: list[list[int]] = [[] for _ in codes]
     is_cut = [False] * len(codes)
     for start in range(0, len(codes), num_rows):
         unfinished = dict(enumerate(order[start : start + num_rows]))  # clips by row
         with model.borrow_caches(num_rows, longest + max(limits)) as (contexts, *_):
             contexts.prefill({row: model.embed(tokenizer.ids(codes[clip])) for row, clip in unfinished.items()})
-            is_valid_V, is_later_V = (is_valid_V.to(model.device) for is_valid_V in _valid_tokens(tokenizer))
+            is_valid_V = is_first_V
             while unfinished:
                 logits_BV = product(model.output_VD[: len(is_valid_V)], contexts.hidden_BD)
                 model.require_finite(logits_BV.isfinite().all())

@@ -195,7 +195,8 @@ def _benchmark(report: Mapping[str, Any], system: str) -> tuple[pd.DataFrame, li
     item = number.astype(int).astype(str)
     speaker = pairs.get("speaker", pd.Series("", pairs.index))  # results of earlier commits do not have this column
     credits = {"": pairs["correct"]}  # accuracy of each pair by rule; the primary rule has no name
-    credits |= {f":{rule}": pairs["rules"].map(lambda of, rule=rule: of[rule]["correct"]) for rule in report["rules"]}
+    for rule in report["rules"]:  # pairs without transcripts lack some rules
+        credits[f":{rule}"] = pairs["rules"].map(lambda of, rule=rule: of.get(rule, {}).get("correct", math.nan))
     same = pd.DataFrame(
         {
             "system": system,
