@@ -145,6 +145,7 @@ class GenerationOptions:
 
     @property
     def texts(self) -> Texts | None:
+        """Settings for the texts of recordings; None if the texts are not read."""
         return None
 
     @property

@@ -42,7 +42,7 @@ class Prompt:
 
     name: str
     speaker: str  # empty if the corpus has no speakers
-    seconds: float  # length of the prompt; 0 for an utterance without a voice prompt, which has no file in `PROMPTS`
+    seconds: float  # length of the prompt; 0 without a voice prompt: `PROMPTS` then has no file for the recording
     text: str = ""  # transcript of the recording without its voice prompt; empty in a set for eval/generation.py
     prompt_text: str = ""  # transcript of the voice prompt
 

@@ -131,7 +131,7 @@ def _write_results(
     records: Sequence[Record],
     settings: Record,
 ) -> None:
-    """Write a result file for each system, and print a table. The first system is ``made_by`` a model, or is WAVs."""
+    """Write a result file for each system, and print a table. ``made_by`` describes the origin of the first system."""
     folder, is_official = prompts.folder, options.corpus == OFFICIAL_CORPUS and options.limit is None
     own, *_ = samples
     if earlier := read_json(str(folder), f"{own}.json"):  # refuse another system with the same name
