@@ -51,8 +51,6 @@ def main(
     logging.getLogger().setLevel(logging.ERROR)  # no warnings of TorchTitan about missing base models
     study = read_study(file)
     runs = study.runs
-    if tflops <= 0:
-        raise UserError(f"--tflops is {tflops}; set it to a positive number")
     if part not in (None, *range(len(runs))):
         raise UserError(f"--part is {part}; set it to a number from 0 to {len(runs) - 1}")
     if plan:

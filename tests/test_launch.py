@@ -9,7 +9,6 @@ from contextlib import contextmanager, suppress
 
 import pytest
 from conftest import ROOT
-from plot_run import TOTAL
 
 from llama_mimi.report.curves import read_curves
 
@@ -154,6 +153,6 @@ def test_a_job_of_two_nodes_trains_on_two_ranks(commands, tmp_path):
     job = {**JOB, "SLURM_JOB_ID": str(os.getpid() % 5000)}  # the port is this number plus 20000
     code, stdout, stderr = run(folder, "bash", "scripts/train.slurm", *flags, **job, timeout=300)
     assert code == 0, stdout[-4000:] + stderr[-4000:]
-    assert read_curves(dump_folder)[TOTAL].keys() == {1, 2}
+    assert read_curves(dump_folder)["loss_metrics/global_avg_loss"].keys() == {1, 2}
     shards = sorted(file.name for file in (dump_folder / "checkpoint" / "step-2").glob("*.distcp"))
     assert shards == ["__0_0.distcp", "__1_0.distcp"]  # one file from each rank

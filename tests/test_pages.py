@@ -19,7 +19,7 @@ from test_code_store import tokenize
 from llama_mimi.audio.reading import Waveform, read_audio, write_wav
 from llama_mimi.common.errors import UserError
 from llama_mimi.report.document import Clip, Picture, Section, Table, to_markdown, write_html, write_markdown
-from llama_mimi.report.pages import MARK_COLOR, continuations, make_clip, spectrogram, write_codes_page
+from llama_mimi.report.pages import MARK_COLOR, continuations, make_clip, spectrogram
 
 VOID = {"meta", "link", "img", "br"}
 ODD = '<script>alert("x")</script> & "quotes" | `a|<b>` *c* `d'
@@ -85,17 +85,14 @@ def test_clips_share_a_time_axis_and_other_sections_are_linked(tmp_path):
     assert abs(spectrogram(tone, 24_000)[:, 50].sum(axis=1).argmax() - 48) <= 1  # 6 of 12 kHz is row 48 of 96
 
 
-def test_a_tokenised_corpus(tmp_path, capsys):
+def test_a_tokenised_corpus(tmp_path):
     rows = lossless_rows(str(TINY / "corpus" / "validation-*.parquet"), 6, 2.0)
     (tmp_path / "in").mkdir()
     in_json_files(tmp_path / "in", [*rows, rows[0] | {"name": "again", "speaker": "<b>"}])
     (tmp_path / "in" / "empty.wav").write_bytes(b"")
     done = tokenize(tmp_path / "in", tmp_path / "codes", "--max_skip_fraction", 0.5, "--max_audio_seconds", 1.6)
     assert done.returncode == 0, done.output[-2000:]
-    write_codes_page(page=tmp_path / "a.html", codes=str(tmp_path / "codes"), num_clips=4)
-    printed = capsys.readouterr().out
-    assert "clips: 7, 1.6 s on average" in printed and "could not be used: empty: 1 clips" in printed
-    assert "cut off at: 1.6 s: 7 clips" in printed and "duplicates: 1 kept" in printed
+    build_page(page=tmp_path / "a.html", codes=tmp_path / "codes", num_prompts=4)
     found = Outline(tmp_path / "a.html")
     assert found.tags["audio"] == 4 and all(source.startswith(("data:", "#")) for source in found.sources)
     stored = pq.read_table(sorted((tmp_path / "codes").glob("shard-*.parquet")))
@@ -107,8 +104,6 @@ def test_a_tokenised_corpus(tmp_path, capsys):
         *others, top, fraction = found.texts[first : first + 5]
         assert others == [str(level), f"{len(counts)} of 256", f"{entropy:.2f} of 8.00 bits"]
         assert counts[int(top)] == max(counts.values()) and fraction == f"{counts[int(top)] / len(frames_NQ):.1%}"
-    with pytest.raises(UserError, match="--num_clips is -1"):
-        write_codes_page(codes="x", page=tmp_path / "a.html", num_clips=-1)
 
 
 @pytest.fixture
@@ -158,8 +153,7 @@ def test_a_page_that_cannot_be_made(tmp_path, generations):
     for mistake, message in (
         ({"generations": generations}, "a continuation of 'mine' cannot be played: .*does not exist"),
         ({"generations": tmp_path}, "does not contain prompts.json"),
-        ({}, "set either --study or --generations"),
-        ({"generations": generations, "num_prompts": -1}, "--num_prompts is -1; set it to 1 or more"),
+        ({}, "set one of the flags --generations, --study and --codes"),
     ):
         with pytest.raises(UserError, match=message):
             build_page(page=tmp_path / "d.html", **mistake)

@@ -34,8 +34,12 @@ ELSEWHERE = {
     "NUM_NODES": "tests/test_launch.py",
     f"{SCRIPT}prepare_base_model.py --base_model meta-llama/": "needs the hub; tests/test_scripts.py",
     f"{SCRIPT}benchmarks/gpu_session.py": "needs a GPU; tests/test_gpu_session.py",
+    f"{SCRIPT}convert_dcp_to_hf.py --checkpoint outputs/tiny_text_speech": "needs the recipe; tests/test_scripts.py",
+    "uv run python eval/asr.py --model_name models/tiny_text_speech": "tests/test_error_rates.py",
+    "uv run python eval/tts.py": "tests/test_error_rates.py",
     f"{SCRIPT}study.py config/studies/tiny.toml": "an hour or more; tests/test_study.py",
     f"{SCRIPT}build_page.py --study": "needs the study; tests/test_pages.py",
+    "uv run tensorboard": "serves until it is stopped",
     f"{SCRIPT}demo.py": "serves until it is stopped; tests/test_browser.py",
     f"{SCRIPT}tiny/train_tiny_listeners.py": "11 and 44 minutes; tests/test_tiny_listeners.py",
     f"{SCRIPT}tiny/score_listeners.py": "tests/test_tiny_listeners.py",
@@ -58,13 +62,9 @@ SMALLEST = {
     ),
     "uv run python scripts/dry_run.py": "--num_gpus 8 --job.config_file config/tiny.toml",  # the 8B takes three minutes
     f"{BENCHMARKS}bench_train.py": "--shapes tiny --repeats 1",
-    f"{BENCHMARKS}bench_hierarchical.py": "--shapes tiny --repeats 1",
     f"{BENCHMARKS}bench_eval.py": "--pairs 2 --repeats 1",
     f"{BENCHMARKS}bench_data.py": "--clips 4 --repeats 1",
-    f"{BENCHMARKS}bench_reading.py": "--clips 4 --repeats 1",
-    f"{BENCHMARKS}bench_generation.py": (
-        "--shape tiny --new_frames 2 --repeats 1 --batch_sizes 2 --stream_seconds 1 --prompts 32"
-    ),
+    f"{BENCHMARKS}bench_generation.py": "--shape tiny --new_frames 2 --repeats 1 --batch_sizes 2",
     f"{BENCHMARKS}fuzz_audio.py": "--num_files 30",
     f"{BENCHMARKS}simulate_intervals.py": "--simulations 3",
     f"{BENCHMARKS}kill_runs.py": "--of tokenization --kills 1 --max_seconds 20 --folder outputs/kills",

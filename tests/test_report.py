@@ -22,7 +22,7 @@ from llama_mimi.evaluation.benchmarks import SALMON_PARTS
 from llama_mimi.evaluation.results import FORMAT
 from llama_mimi.evaluation.statistics import Interval, crossed_interval, pooled_run_variance
 from llama_mimi.report import comparisons
-from llama_mimi.report.comparisons import comparable_sets, comparison, report_results, summary, tradeoffs, with_stars
+from llama_mimi.report.comparisons import comparable_sets, comparison, report_results, summary, with_stars
 from llama_mimi.report.document import to_markdown
 from llama_mimi.report.estimates import Estimate, same_items
 from llama_mimi.report.results import COLUMNS, measure_of, read_results
@@ -435,16 +435,14 @@ def test_rules_of_salmon_have_one_row_if_all_parts_are_there(runs):
 def test_plots_show_only_the_official_rules(runs, monkeypatch):
     drawn = []
     monkeypatch.setattr(comparisons, "forest", lambda panels, *_, **__: drawn.append([*panels]) or b"")
-    monkeypatch.setattr(comparisons, "tradeoff", lambda panels, vertical, _: drawn.append([*panels, vertical]) or b"")
     items, *_ = runs
     words = items[items["measure"] == "salmon/speaker_consistency"].assign(measure="sLM21/syntactic_dev")
     rules = [items, words, words.assign(measure="sLM21/syntactic_dev:all_levels", value=0.0)]
     items = pd.concat(rules, ignore_index=True).assign(data_kind="other")
     comparison(items, "t", GROUPS, "forest")
     summary(items, "t", "forest")
-    tradeoffs(items, "t", GROUPS, "tradeoff")
     names = ["SALMon speaker consistency", "sBLIMP", "speaker similarity"]
-    assert drawn == [names, names, [names[0], names[2], names[1]]]
+    assert drawn == [names, names]
 
 
 def test_measures_without_a_common_item_are_named_and_conditions_are_not_mixed(tmp_path):
@@ -470,7 +468,6 @@ def test_a_model_that_was_trained_again_has_two_names(tmp_path):
 def tiny_study(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(comparisons, "forest", lambda *_, **__: b"a picture")
-    monkeypatch.setattr(comparisons, "tradeoff", lambda *_: b"a picture")
     lines = [json.loads(line) for line in (TINY_STUDY / "index.jsonl").read_text().splitlines()]
     return replace(read_study(Path("config/studies/tiny.toml")), output_dir=tmp_path), lines
 

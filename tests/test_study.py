@@ -433,7 +433,6 @@ def whole(played):
         judge(played.study)
         lines = write_index(played.study)
         patched.setattr(comparisons, "forest", lambda *_, **__: b"a picture")
-        patched.setattr(comparisons, "tradeoff", lambda *_: b"a picture")
         return lines, write_report(played.study, lines).read_text()
 
 
@@ -441,7 +440,7 @@ def test_a_study_is_done_once(tmp_path, capsys):
     """Finished commands are not repeated. An interrupted training is repeated, so that its last step has bits."""
     played = Played(read_study(written(tmp_path)))
     lines, report = whole(played)
-    assert "generation is done; 50 of 50 steps, left: about 0:00:00" in capsys.readouterr().out
+    assert "generation is done; 50 steps of 10 runs are done" in capsys.readouterr().out
     counts = {script: [name for name, _ in played.done].count(script) for script, _ in played.done}
     scripts = ("train", "scripts/convert_dcp_to_hf.py", "eval/salmon.py", "eval/sLM21.py", "eval/generation.py")
     assert counts == dict.fromkeys(scripts, 10)

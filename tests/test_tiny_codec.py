@@ -1,4 +1,4 @@
-"""The offline codec, its training, and its scores."""
+"""The offline codec and its training."""
 
 import copy
 import json
@@ -8,14 +8,12 @@ import pytest
 import torch
 import train_tiny_codec
 from conftest import TINY
-from score_codec import SpeechClassifier
 from tiny_codec import (
     DEPTHS,
     MelMagnitude,
     codebooks,
     fit_codebooks,
     new_codec,
-    read_clips,
     reconstruct,
     standardize,
     tiny_mimi_config,
@@ -120,13 +118,3 @@ def test_the_offline_codec_has_the_feature_extractor_of_its_script(tmp_path):
     assert written.read_bytes() == (TINY / "mimi" / written.name).read_bytes()
     features = AutoFeatureExtractor.from_pretrained(TINY / "mimi")
     assert (features.sampling_rate, features.feature_size) == (24_000, 1)
-
-
-def test_the_classifier_recognises_speakers_and_words_of_the_offline_corpus():
-    train, held_out = (
-        read_clips(str(TINY / "words" / f"{split}-*.parquet"), 24_000) for split in ("train", "validation")
-    )
-    for kind, num_parts, least in (("speaker", 1, 0.8), ("text", 5, 0.9)):
-        classifier = SpeechClassifier(train, [getattr(c, kind) for c in train], 24_000, num_parts=num_parts)
-        labels = [getattr(clip, kind) for clip in held_out]
-        assert classifier.accuracy([clip.samples_S for clip in held_out], labels) > least, kind

@@ -1,4 +1,4 @@
-"""Measure the data pipeline: reading, encoding, loading, a baseline, the audio formats, padding and start-up.
+"""Measure the data pipeline: reading, encoding, loading, a baseline, and padding.
 
     uv run python scripts/benchmarks/bench_data.py
     uv run python scripts/benchmarks/bench_data.py --corpus my_speech/train.parquet --codec kyutai/mimi
@@ -25,9 +25,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from layouts import LAYOUTS, lossless_rows
-from measuring import DEVICE, alternate, machine, measure, median_and_range, peak_mb
-from simulated import STORED_LEVELS, random_clips, speech_lengths, write_codes
+from measuring import DEVICE, alternate, machine, median_and_range
+from simulated import random_clips, speech_lengths, write_codes
 
 from llama_mimi.audio.mimi import DTYPES, MimiCodec, load_codec_config, whole_frames
 from llama_mimi.common.command_line import run_command
@@ -44,7 +43,6 @@ from llama_mimi.tokens.tokenizer import IGNORE_INDEX, SpeechTokenizer, load_spee
 from llama_mimi.tokens.vocabulary import text_from_codes
 
 GPU_TOKENS_PER_S = 60_000  # useful tokens per second that a 1B training step should reach on one GPU
-CLIPS_PER_SHARD = 2048
 BASELINE, CODES, LONG_CODES = "baseline", "shard loader (pack)", "shard loader (pack), simulated lengths of 14 s"
 
 
@@ -70,8 +68,8 @@ def bench_data(flags: DataFlags) -> None:
     pa.set_cpu_count(flags.num_threads)
     print(machine())
     with tempfile.TemporaryDirectory() as folder:
-        for print_table in (print_rates, print_formats, print_useful_fractions, print_sizes):
-            print_table(flags, Path(folder))
+        print_rates(flags, Path(folder))
+        print_useful_fractions(flags, Path(folder))
 
 
 def audio_reader(corpus: str, codec: MimiCodec) -> AudioReader:
@@ -91,13 +89,6 @@ def read_clips(reader: AudioReader, limit: int) -> Iterator[AudioClip]:
         if not isinstance(clip, AudioClip):
             raise UserError(f"{clip.message}; set --corpus to a corpus of valid clips")
         yield clip
-
-
-def fetch(reader: AudioReader) -> Iterator[Any]:
-    """Yield the audio bytes of every row of a corpus. If a row contains only a path, read the file at that path."""
-    for unit in range(len(reader.source.units)):
-        for row in reader.source.rows(unit):
-            yield Path(row["audio"]).read_bytes() if isinstance(row["audio"], str) else row["audio"]
 
 
 def code_reader(flags: DataFlags, corpus: str) -> CodeCorpus:
@@ -146,7 +137,7 @@ def print_rates(flags: DataFlags, folder: Path) -> None:
     for name, lengths in ((CODES, np.resize(frames, 4096)), (LONG_CODES, speech_lengths(4096))):
         corpus = write_codes(folder / name.replace(" ", "-"), flags.codec, [random_clips(lengths, codec.config)])
         batches = iter(loader(flags, code_reader(flags, corpus), 32))
-        next(batches)  # `probe` measures the start-up
+        next(batches)  # the start-up is not measured
         methods[name] = partial(token_rate, batches, codec, 30)
     results = alternate(methods, flags.repeats)
     print("| | audio-seconds per second |\n|---|---|")
@@ -181,30 +172,6 @@ def baseline(flags: DataFlags, codec: MimiCodec, reader: AudioReader) -> Iterato
         yield tokenizer(text, add_special_tokens=False, return_tensors="pt", **padding).input_ids
 
 
-def print_formats(flags: DataFlags, folder: Path) -> None:
-    """Measure the speed of fetching, decoding and tokenising the same clips in each layout, on one rank."""
-    codec = MimiCodec(flags.codec, flags.num_quantizers)
-    rows = lossless_rows(flags.corpus, flags.clips, 20.0)
-    columns: list[dict[str, Callable[[], float]]] = [{}, {}, {}]
-    numbers, seconds = itertools.count(), 0.0
-    for name, write in LAYOUTS.items():
-        place = folder / f"format-{name}"
-        place.mkdir()
-        corpus = str(write(place, rows))
-        reader = audio_reader(corpus, codec)
-        seconds = sum(len(clip.samples_S) for clip in read_clips(reader, flags.clips)) / codec.sample_rate_hz
-        columns[0][name] = partial(rate_of, partial(fetch, reader), seconds)
-        columns[1][name] = partial(rate_of, partial(read_clips, reader, flags.clips), seconds)
-        columns[2][name] = partial(tokenize, flags, corpus, folder, numbers)
-    results = [alternate(methods, flags.repeats) for methods in columns]
-    megabytes = sum(len(row["bytes"]) for row in rows) / 1e6
-    print(f"| {len(rows)} clips, {seconds:,.0f} s, {megabytes:.1f} MB of FLAC | fetched | and decoded | and encoded |")
-    print("|---|---|---|---|")
-    for name in LAYOUTS:
-        print(f"| {name} | " + " | ".join(median_and_range(column[name]) for column in results) + " |")
-    print()
-
-
 def tokenize(flags: DataFlags, corpus: str, folder: Path, numbers: Iterator[int], num_workers: int = 1) -> float:
     """Tokenise a corpus; return the speed from the last progress line, which excludes the start-up."""
     options = TokenizationOptions(corpus=corpus, output_dir=str(folder / f"codes-{next(numbers)}"), codec=flags.codec)
@@ -229,34 +196,6 @@ def print_useful_fractions(flags: DataFlags, folder: Path) -> None:
             useful = [float((labels != IGNORE_INDEX).float().mean()) for _, labels in itertools.islice(batches, 10)]
             cells.append(f"{100 * statistics.mean(useful):.1f} %")
         print(f"| {name} | {len(frames):,} | {frames.mean() / 12.5:.1f} s | {' | '.join(cells)} |")
-    print()
-
-
-def print_sizes(flags: DataFlags, folder: Path) -> None:
-    """Measure memory, start-up time and state size with 1,000 to 1,000,000 clips. All shards link to the first."""
-    print("| clips | start-up to the first batch | peak memory | state |\n|---|---|---|---|")
-    clips = random_clips(speech_lengths(CLIPS_PER_SHARD), load_codec_config(flags.codec, STORED_LEVELS))
-    for number in (1000, 10_000, 100_000, 1_000_000):
-        num_shards = max(1, round(number / CLIPS_PER_SHARD))
-        corpus = write_codes(folder / f"size-{number}", flags.codec, [clips[:number]] * num_shards)
-        num_clips, start_s, before_mb, end_mb, state = measure(probe, corpus_of_codes=corpus, **vars(flags))
-        memory = f"{end_mb:,.0f} MB (before the loader {before_mb:,.0f} MB)"
-        print(f"| {num_clips:,} | {start_s:.2f} s | {memory} | {state:,} bytes a rank |")
-
-
-def probe(corpus_of_codes: str, **values: Any) -> tuple[int, float, float, float, int]:
-    """Return the number of clips, start-up time (s), memory before loading (MB), peak memory (MB), state size (B)."""
-    flags = DataFlags(**values)
-    flags.speech_tokenizer()
-    before_mb, start = peak_mb(), time.perf_counter()
-    reader = code_reader(flags, corpus_of_codes)
-    batches = loader(flags, reader, 32)
-    iterator = iter(batches)
-    next(iterator)
-    start_s = time.perf_counter() - start
-    for _ in range(300):
-        next(iterator)
-    return int(reader.rows_per_unit.sum()), start_s, before_mb, peak_mb(), len(batches.state_dict()["position"])
 
 
 if __name__ == "__main__":

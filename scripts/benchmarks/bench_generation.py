@@ -1,4 +1,4 @@
-"""Compare the generation speed of this project, ``generate``, the backbone alone, and Llama-Mimi's first release.
+"""Compare the generation speed of this project with ``generate``, and with the backbone alone.
 
     uv run python scripts/benchmarks/bench_generation.py
 
@@ -10,20 +10,18 @@ On a GPU, use ``--shape 1B --batch_sizes 8 64 --dtype bfloat16 --new_frames 125`
 
 import json
 import os
-import re
 import statistics
 import tempfile
 import time
 from collections import deque
 from collections.abc import Callable
 from copy import copy
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from measuring import DEVICE, alternate, device_name, machine, measure, median_and_range, peak_mb
+from measuring import DEVICE, alternate, device_name, machine, median_and_range
 from transformers import DynamicCache, GenerationConfig, MimiConfig, MimiModel
 
 from llama_mimi.audio.mimi import MimiCodec
@@ -38,7 +36,6 @@ from llama_mimi.generation.loading import MODELS
 from llama_mimi.generation.speech_model import DECODER_DTYPES, SpeechModel
 from llama_mimi.model.llama import FLAVORS, LlamaMimiArgs
 from llama_mimi.tokens.tokenizer import load_speech_tokenizer
-from llama_mimi.tokens.vocabulary import text_from_codes
 
 Q, PROMPT_FRAMES, TEMPERATURE, TOP_K = 4, 38, 0.8, 30
 TINY_CODEC = str(Path(__file__).parents[2] / "assets" / "tiny" / "mimi")
@@ -55,8 +52,6 @@ def bench_generation(
     repeats: int = 5,
     batch_sizes: tuple[int, ...] = (8,),
     dtype: GenerationPrecision = "float32",
-    stream_seconds: tuple[float, ...] = (10.0, 60.0),
-    prompts: tuple[int, ...] = (32, 256),
     num_threads: int = os.cpu_count() or 1,
 ) -> None:
     """Measure all methods, and print a table.
@@ -64,8 +59,6 @@ def bench_generation(
     Args:
         new_frames: number of new frames per sample
         batch_sizes: batch sizes to measure with this project's loop, in addition to 1
-        stream_seconds: lengths of streams, in seconds; the peak memory of each stream is measured with the tiny shape
-        prompts: numbers of prompts, multiples of 32; the peak memory for each number is measured with the tiny shape
     """
     torch.set_num_threads(num_threads)
     print(machine())
@@ -74,7 +67,6 @@ def bench_generation(
     batches = {f"{OURS}, batch of {size}": size for size in batch_sizes}
     methods: dict[str, Callable[[], Any]] = {
         STOCK: partial(stock, model, new_frames),
-        "the release's method: text, `generate`, text": partial(as_released, model, new_frames),
         BACKBONE: partial(backbone_alone, model, new_frames),
         OURS: partial(ours, model, new_frames, 1),
         **{name: partial(ours, model, new_frames, size) for name, size in batches.items()},
@@ -97,10 +89,6 @@ def bench_generation(
     print(f"\nAfter the first frame, this loop generates {decoding:.1f} tokens/s.")
     print(f"This loop reads {num_bytes / 1e9:.2f} GB of layer weights for each token ({used / 1e9:,.1f} GB/s).")
     print(f"This speed is {100 * used / possible:.0f} % of the memory bandwidth ({possible / 1e9:,.0f} GB/s).")
-    for seconds in stream_seconds:
-        print(f"peak memory, tiny shape, stream of {seconds:g} s: {measure(stream_memory, seconds=seconds):,.0f} MB")
-    for number in prompts:
-        print(f"peak memory, tiny shape, {number} prompts: {measure(prompts_memory, num_prompts=number):,.0f} MB")
     report = {"device": device_name(), "shape": shape, "dtype": dtype, "tokens_per_s": median[OURS]}
     report["tokens_per_s_after_the_first_frame"] = decoding
     report |= {"hf_generate_tokens_per_s": median[STOCK], "ratio": median[OURS] / median[STOCK]}
@@ -177,17 +165,6 @@ def stock(model: SpeechModel, new_frames: int) -> None:
     generate(model, ids_1L, new_frames * Q, [mask_levels])
 
 
-def as_released(model: SpeechModel, new_frames: int) -> None:
-    """Convert codes to text and ids, call ``generate`` without a mask, and convert ids to text, codes and audio."""
-    prompt_TQ, tokenizer = prompt_of(model), model.tokenizer.text_tokenizer
-    ids_1L = tokenizer(text_from_codes(prompt_TQ).removesuffix("</audio>"), return_tensors="pt").input_ids
-    tokenizer.decode(generate(model, ids_1L, new_frames * Q, [])[0])
-    # Without a mask a random model draws no audio, so the codes of the prompt are parsed and decoded instead.
-    text = text_from_codes(prompt_TQ.repeat(9, 1)[: PROMPT_FRAMES + new_frames])
-    codes = [int(code) for code, _ in re.findall(r"<(\d+)_(\d+)>", text)]
-    model.codec.decode(torch.tensor(codes).view(-1, Q))
-
-
 @torch.inference_mode()
 def backbone_alone(model: SpeechModel, new_frames: int) -> None:
     """Run the Transformer without the output layer, sampling and grammar: the maximum speed of `transformers`."""
@@ -209,13 +186,12 @@ def ours(model: SpeechModel, new_frames: int, batch_size: int) -> tuple[float, f
     return first_s, time.perf_counter() - start
 
 
-def streamed(model: SpeechModel, new_frames: int, first_audio: list[float], window_frames: int = 10**6) -> None:
+def streamed(model: SpeechModel, new_frames: int, first_audio: list[float]) -> None:
     """Generate and decode frame by frame; append the time to the first new audio (s) to ``first_audio``."""
     start = time.perf_counter()
     stream = DecodingStream(model.codec)
     stream.decode(prompt_of(model))
-    sampling = replace(sampling_of(new_frames), window_frames=window_frames)
-    for number, (_, new) in enumerate(decode(model, [Request(prompt_of(model), 0)], sampling, 1)):
+    for number, (_, new) in enumerate(decode(model, [Request(prompt_of(model), 0)], sampling_of(new_frames), 1)):
         if not isinstance(new, FinishReason):
             stream.decode(new[None])
             if number == 0:
@@ -227,23 +203,6 @@ def bandwidth() -> float:
     block = torch.ones(2**28, device=DEVICE)  # 1 GiB
     # The first run loads kernels.
     return [rate(lambda: [block.sum() for _ in range(5)], 5 * block.nbytes) for _ in range(2)][1]
-
-
-def stream_memory(seconds: float) -> float:
-    """Generate a stream with a window of 62 frames; return the peak memory in MB."""
-    model = random_model("tiny")
-    streamed(model, round(seconds * model.codec.frame_rate_hz), [], window_frames=62)
-    return peak_mb()
-
-
-def prompts_memory(num_prompts: int) -> float:
-    """Continue each prompt by 1 s, in groups of 32 prompts; return the peak memory in MB."""
-    model = random_model("tiny")
-    for start in range(0, num_prompts, 32):
-        requests = [Request(prompt_of(model), seed) for seed in range(start, start + 32)]
-        for _ in decode(model, requests, sampling_of(12), 8):
-            pass
-    return peak_mb()
 
 
 if __name__ == "__main__":

@@ -1,15 +1,13 @@
-"""Kill tokenisation, training, continuations or a study at random moments; count lost and repeated work.
+"""Kill tokenisation or training at random moments; count lost and repeated work.
 
     uv run python scripts/benchmarks/kill_runs.py --of tokenization --kills 100 --seed 0 --folder outputs/kills
     uv run python scripts/benchmarks/kill_runs.py --of tokenization --layout tar --kills 20 --folder outputs/kills_tar
     uv run python scripts/benchmarks/kill_runs.py --of training --kills 50 --seed 0 --folder outputs/kills
-    uv run python scripts/benchmarks/kill_runs.py --of continuation --kills 20 --seed 0 --folder outputs/kills
-    uv run python scripts/benchmarks/kill_runs.py --of study --kills 5 --seed 0 --max_seconds 90 --folder outputs/kills
 
 SIGKILL ends the command. The command is started again on 1 to 4 ranks until it finishes. If the command finishes before
-the last kill, its output is removed and the command starts from the beginning. The shards, WAV files or report are
-compared with the output of a run without kills. Training (tiny config, packed sequences) records the frames that each
-step uses. The recorded frames must be the frames before the data position of the last checkpoint.
+the last kill, its output is removed and the command starts from the beginning. The shards are compared with the shards
+of a run without kills. Training (tiny config, packed sequences) records the frames that each step uses. The recorded
+frames must be the frames before the data position of the last checkpoint.
 """
 
 import contextlib
@@ -42,28 +40,6 @@ from llama_mimi.corpora.code_shards import CodeCorpus, CodedClip
 from llama_mimi.data.order import CorpusOrder, Position
 
 CORPUS, CODEC = "assets/tiny/corpus/train-*.parquet", "assets/tiny/mimi"
-NUM_PROMPTS, NUM_SAMPLES = 250, 1000
-STUDY = """
-name = "killed"
-output_dir = "{folder}/out"
-[config]
-flattened = "config/tiny.toml"
-hierarchical = "config/tiny_hierarchical.toml"
-[settings]
-"lr_scheduler.warmup_steps" = 2
-"checkpoint.interval" = 5
-"validation.freq" = 24
-[launch]
-parallel = 2
-threads = 1
-[[tables]]
-title = "Architectures"
-architecture = ["flattened", "hierarchical"]
-steps = [24, 12]
-[benchmarks.sStoryCloze]
-data_dir = "assets/tiny/benchmarks/storycloze"
-limit = 20
-"""
 Command = list[Any]
 
 
@@ -71,20 +47,18 @@ Command = list[Any]
 class KillFlags:
     """Options: the command to kill, the number of kills, and the times of the kills."""
 
-    of: Literal["tokenization", "training", "continuation", "study"]  # command to kill
+    of: Literal["tokenization", "training"]  # command to kill
     kills: int  # number of kills
     folder: Path  # folder for all files
     seed: int = 0
     max_seconds: float = 40.0  # maximum time between a start of the command and the next kill, in seconds
-    model_name: str = "models/tiny"  # folder of the model for continuations
     layout: str = "parquet"  # layout of the corpus to tokenise: a name in layouts.py, or 'parquet' (unchanged corpus)
 
 
 def kill_runs(flags: KillFlags) -> None:
     flags.folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    kill = {"continuation": kill_continuation, "study": kill_study, "training": kill_training}
-    summary, is_right = kill.get(flags.of, kill_tokenization)(flags)
+    summary, is_right = (kill_training if flags.of == "training" else kill_tokenization)(flags)
     print(f"{flags.of}: {flags.kills} kills (seed {flags.seed}), {summary}; {(time.monotonic() - began) / 60:.0f} min")
     if not is_right:
         raise UserError(f"{flags.of}: the output differs from the output of an uninterrupted run; report this bug")
@@ -193,46 +167,6 @@ def kill_tokenization(flags: KillFlags) -> tuple[str, bool]:
     found = {path.name for path in output.glob("shard-*.parquet")}  # `check` has compared them
     lost, total = (sum(len(expected[name]) for name in names) for names in (expected.keys() - found, expected))
     return f"{flags.layout}, finished {finishes} times; {lost}/{total} clips lost, 0 repeated", found == expected.keys()
-
-
-def kill_continuation(flags: KillFlags) -> tuple[str, bool]:
-    prompts, whole, killed = (flags.folder / name for name in ("prompts", "whole", "killed"))
-    prompts.mkdir(exist_ok=True)
-    for path in sorted(Path("assets/tiny/benchmarks").rglob("*.ogg"))[:NUM_PROMPTS]:
-        shutil.copy(path, prompts / f"{path.parent.name}_{path.name}")
-
-    def continuation(output_dir: Path, num_ranks: int) -> Command:
-        settings = {"num_samples": NUM_SAMPLES // NUM_PROMPTS, "seconds": 0.8, "temperature": 1.0, "device": "cpu"}
-        paths = {"model_name": flags.model_name, "prompts": prompts, "output_dir": output_dir}
-        return torchrun(num_ranks, "inference.py", *to_cli_args(paths | settings))
-
-    run(continuation(whole, 2), flags.folder / "whole.log")
-
-    def check() -> str:
-        return f"{len(list(killed.glob('*.wav')))} files"
-
-    finishes = kill_until_finished(flags, lambda ranks, _: continuation(killed, ranks), killed, check)
-    expected, found = ({path.name: path.read_bytes() for path in out.glob("*.wav")} for out in (whole, killed))
-    lines = Counter(json.loads(line)["file"] for line in (killed / "results.jsonl").read_text().splitlines())
-    lost, twice = len(expected.keys() - lines.keys()), lines.total() - len(lines)
-    others = sum(found.get(name) != content for name, content in expected.items())
-    samples = f"{lost} of {len(expected)} samples lost, {twice} repeated, {others} with other bytes"
-    return f"finished {finishes} times; {samples}", found == expected and not lost + twice
-
-
-def kill_study(flags: KillFlags) -> tuple[str, bool]:
-    """Kill a study of four runs; compare its report with the report of a study without kills."""
-    whole, killed = (new_folder(flags.folder / f"{name}_study") for name in ("whole", "killed"))
-    for folder in (whole, killed):
-        (folder / "study.toml").write_text(STUDY.format(folder=folder))
-    run(["scripts/study.py", whole / "study.toml"], flags.folder / "whole.log")
-
-    def check() -> str:
-        return f"{len(list((killed / 'out' / 'results').rglob('official*.json')))} results"
-
-    kill_until_finished(flags, lambda *_: ["scripts/study.py", killed / "study.toml"], killed / "out", check)
-    reports = {(folder / "out/report.md").read_text().replace(str(folder), "") for folder in (whole, killed)}
-    return f"the report is {'the same' if len(reports) == 1 else 'different'}", len(reports) == 1
 
 
 def kill_training(flags: KillFlags) -> tuple[str, bool]:

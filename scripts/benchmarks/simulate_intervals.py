@@ -24,7 +24,6 @@ from llama_mimi.evaluation.statistics import (
     wilson_interval,
 )
 
-RESAMPLES = 1000
 NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(101)  # integrals over a normal distribution
 SPEAKER_SD = 0.7  # standard deviation of both speaker effects, in logits
 
@@ -112,23 +111,6 @@ def studies(setting: Setting, number: int, seed: int = 0) -> Iterator[np.ndarray
         yield (random.random((V, S, N)) < expit(logits_VSN)).astype(float)
 
 
-def _bootstrap(values_VSN: np.ndarray) -> Interval:
-    """Return the percentile interval of a difference by resampling runs and items (pigeonhole bootstrap, Owen 2007)."""
-    S, N = values_VSN.shape[1:]
-    runs_VBS, items_BN = _resamples(S, N)
-    means_VB = np.einsum("vbs,vsn,bn->vb", runs_VBS, values_VSN[:2], items_BN, optimize=True)
-    low, high = np.quantile(means_VB[0] - means_VB[1], (0.025, 0.975))
-    return Interval(math.nan, float(low), float(high), math.nan)
-
-
-@functools.cache
-def _resamples(num_runs: int, num_items: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the weights of the runs of two variants and of the items, in each resample."""
-    random = np.random.default_rng(1)
-    runs_VBS = random.multinomial(num_runs, [1 / num_runs] * num_runs, (2, RESAMPLES)) / num_runs
-    return runs_VBS, random.multinomial(num_items, [1 / num_items] * num_items, RESAMPLES) / num_items
-
-
 def _wilson(values_SN: np.ndarray) -> Interval:
     accuracy = float(values_SN[0].mean())
     return Interval(accuracy, *wilson_interval(accuracy, values_SN.shape[1]), math.nan)
@@ -146,7 +128,6 @@ def methods(setting: Setting) -> dict[str, Callable[[np.ndarray], Interval]]:
         "pooled": lambda y: whole(y[0], y[1], run_variance=pooled_run_variance(y.mean(axis=2))),
         "items": lambda y: whole(y[0].mean(0, keepdims=True), y[1].mean(0, keepdims=True)),
         "runs": lambda y: crossed_interval(y[0].mean(1, keepdims=True), y[1].mean(1, keepdims=True)),
-        "bootstrap": _bootstrap,
         "no speakers": lambda y: crossed_interval(y[0], y[1]),
         "mean": lambda y: whole(y[0]),
         "Wilson": lambda y: _wilson(y[0]),
@@ -171,7 +152,7 @@ def main(simulations: int = 2000, seed: int = 0) -> None:
         simulations: number of simulated studies for each setting
         seed: seed of the random numbers
     """
-    names = ["own", "pooled", "items", "runs", "bootstrap"]
+    names = ["own", "pooled", "items", "runs"]
     print(f"True difference zero: rejections at 5 %, in percent, of {simulations:,} simulated studies with 7 variants")
     print(f"| accuracy | seed SD | pairs | seeds | {' | '.join(names)} |\n{'|---' * (4 + len(names))}|")
     for setting in [*NULL, UNEQUAL]:

@@ -1,4 +1,4 @@
-"""Training methods for bench_train.py and bench_hierarchical.py. Each method is measured in a new process."""
+"""Training methods for bench_train.py and gpu_session.py. Each method is measured in a new process."""
 
 import dataclasses
 import itertools
@@ -25,9 +25,8 @@ from torchtitan.components.optimizer import build_optimizers
 from torchtitan.distributed import ParallelDims
 from torchtitan.models.llama3 import Transformer, TransformerModelArgs, parallelize_llama
 from torchtitan.protocols.train_spec import get_train_spec, register_train_spec
-from transformers import CsmForConditionalGeneration, LlamaForCausalLM, MimiConfig
+from transformers import LlamaForCausalLM, MimiConfig
 
-from llama_mimi.checkpoint.csm import csm_config
 from llama_mimi.checkpoint.huggingface import hf_config
 from llama_mimi.checkpoint.stand_ins import LLAMA_3_VOCABULARY, write_tokenizer
 from llama_mimi.common.command_line import to_cli_args
@@ -69,7 +68,7 @@ SHAPES = {
     "8B": Shape(FLAVORS["8B"], LLAMA_3_VOCABULARY, 2048, 1024, 4, 13.4, 20),
 }
 PLAIN, UNMASKED, STOCK, OURS = "plain loop", "plain loop without its mask", "TorchTitan's Llama 3", "this trainer"
-PLAIN_CSM, OURS_CSM = "plain loop over CSM", "this trainer, hierarchical"
+OURS_CSM = "this trainer, hierarchical"
 
 
 def write_stand_ins(shape: str, folder: Path) -> None:
@@ -88,8 +87,7 @@ def measure_training(
 ) -> dict[str, Any]:
     """Train with one method; return its rates, times of steps, memory, new graphs, and FLOPs per useful token."""
     job_config = job_config_of(shape, Path(folder), method, flags, num_layers)
-    build_step = {OURS: trainer, OURS_CSM: trainer, STOCK: trainer, PLAIN_CSM: csm_loop}.get(method, llama_loop)
-    step = build_step(job_config, method)
+    step = (trainer if method in (OURS, OURS_CSM, STOCK) else llama_loop)(job_config, method)
     for _ in range(WARM_UP):
         step()
     compiled = torch._dynamo.utils.counters["stats"]
@@ -124,7 +122,7 @@ def job_config_of(shape: str, folder: Path, method: str, flags: str, num_layers:
 
 
 def training_flags(shape: str, folder: Path, method: str) -> list[str]:
-    own, is_csm = SHAPES[shape], method in (PLAIN_CSM, OURS_CSM)
+    own, is_csm = SHAPES[shape], method == OURS_CSM
     flags = {
         "job.config_file": "config/tiny.toml",
         "job.dump_folder": folder / f"run-{os.getpid()}",
@@ -240,35 +238,6 @@ def llama_loop(job_config: Any, method: str) -> Step:
         return output.loss, int((labels_BL != IGNORE_INDEX).sum()), labels_BL.numel()
 
     return plain_step(list(model.parameters()), loss)
-
-
-def csm_loop(job_config: Any, method: str) -> Step:
-    """Return a training step of `CsmForConditionalGeneration` with its own loss. A sequence is one padded clip."""
-    tokenizer = build_speech_tokenizer(job_config)
-    args = model_args(job_config)
-    torch.manual_seed(0)
-    model = CsmForConditionalGeneration(csm_config(args, codec=job_config.codec.name)).to(DEVICE)
-    clips = clips_in_order(job_config)
-    B, L, K = job_config.training.local_batch_size, job_config.training.seq_len, args.codebook_size
-    prefix = torch.tensor(tokenizer.prefix_ids())
-    P = len(prefix)
-
-    def loss() -> tuple[torch.Tensor, int, int]:
-        labels_BLQ = torch.full((B, L, NUM_QUANTIZERS), IGNORE_INDEX)
-        for row in range(B):
-            frames_TQ = torch.from_numpy(np.pad(next(clips).astype(np.int64), ((0, 1), (0, 0)), constant_values=K))
-            labels_BLQ[row, P : P + len(frames_TQ)] = frames_TQ[: L - P]
-        labels_BLQ = labels_BLQ.to(DEVICE)
-        is_frame_BL = labels_BLQ[..., 0] != IGNORE_INDEX
-        mask_BL = is_frame_BL.long()
-        mask_BL[:, :P] = 1
-        embedded_BLD = model.backbone_model.embed_tokens(labels_BLQ.clamp(min=0))
-        text_BPD = model.embed_text_tokens(prefix.to(DEVICE)).expand(B, -1, -1)
-        inputs_BLD = torch.cat([text_BPD, embedded_BLD[:, P:]], dim=1)
-        output = model(inputs_embeds=inputs_BLD, attention_mask=mask_BL, labels=labels_BLQ, use_cache=False)
-        return output.loss, int(is_frame_BL.sum()) * NUM_QUANTIZERS, labels_BLQ.numel()
-
-    return plain_step([weight for name, weight in model.named_parameters() if "codec_model." not in name], loss)
 
 
 def plain_step(weights: list[torch.Tensor], loss: Callable[[], tuple[torch.Tensor, int, int]]) -> Step:

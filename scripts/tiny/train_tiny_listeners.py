@@ -43,7 +43,7 @@ PHASES = 4  # phases of each frequency in the first layer
 FREQUENCIES_HZ = (60.0, 7_600.0)
 CROP_SECONDS = (0.8, 2.4)  # for the speaker encoder; prompts and continuations have similar lengths
 NOISE_DB = (-60.0, -20.0)  # relative to the speech
-MARGIN = 0.3  # final margin of the speaker encoder's softmax; a full margin from the start would prevent learning
+MARGIN = 0.1  # final margin of the speaker encoder's softmax; a full margin from the start would prevent learning
 # Steps, clips per step and peak learning rate.
 RECIPES = {"recogniser": (2500, 8, 1.5e-3), "speaker_encoder": (1500, 16, 4e-4)}
 # The first layer is a fixed filter bank with 25 ms windows every 5 ms. The output has frames of 20 ms (wav2vec 2.0).

@@ -78,8 +78,7 @@ def crossed_interval(
     and Metz 1992; Obuchowski and Rockette 1995). The variance is A + max(B - C, 0), as in Hillis (2007): A is the
     variance over runs, B is the variance over items, and C is the residual variance, which A and B both contain. The
     degrees of freedom are computed from both terms of this sum (Satterthwaite 1946); Hillis computes them from A alone.
-    In simulations with equal variances of runs, a test at 5 % rejects a true difference of zero in 3.8 to 6.0 % of the
-    studies with 3, 5 or 8 runs (scripts/benchmarks/MEASURED.md, with settings in which the rate is higher).
+    scripts/benchmarks/MEASURED.md contains the error rates of the test in simulations.
 
     The runs of two variants count as independent. Runs with the same seed read the same data in the same order; if
     this makes their results similar, the interval of a difference is too wide.

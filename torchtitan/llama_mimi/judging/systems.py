@@ -77,7 +77,8 @@ def references(
     for prompt in prompts.prompts:
         others = [other for other in prompts.prompts if other.name != prompt.name]
         strangers = [other for other in others if other.speaker != prompt.speaker]
-        seed = sha256(prompts.file(PROMPTS, prompt).read_bytes()).hexdigest()
+        file = prompts.file(PROMPTS if prompt.seconds else RECORDINGS, prompt)
+        seed = sha256(file.read_bytes()).hexdigest()
         other = random.Random(seed).choice(strangers or others)
         systems[SHUFFLED].append(rest(prompt, RECORDINGS, other))
     if codec is not None:

@@ -196,23 +196,20 @@ class Flavors(dict[str, LlamaMimiArgs]):
     """
 
     def __contains__(self, name: object) -> bool:
-        return super().__contains__(name) or _sizes(str(name)) is not None
+        try:
+            return self[str(name)] is not None
+        except KeyError:
+            return False
 
     def __missing__(self, name: str) -> LlamaMimiArgs:
-        if (sizes := _sizes(name)) is None:
+        if (match := SHAPE.fullmatch(name)) is None:
             raise KeyError(name)
-        return sized(*sizes)
-
-
-def _sizes(name: str) -> tuple[int, int, int, int] | None:
-    """Return the arguments of `sized`, or None if ``name`` is not a valid shape."""
-    if (match := SHAPE.fullmatch(name)) is None:
-        return None
-    width, num_layers = int(match[1]), int(match[2])
-    depth_width, num_depth_layers = int(match[3] or width // 2), int(match[4] or max(1, num_layers // 4))
-    sizes = width, num_layers, depth_width, num_depth_layers
-    # 256: in the backbone, 4 heads of 64 share a key head. 16: RoPE needs an even width of each of the 8 depth heads.
-    return sizes if min(sizes) > 0 and width % 256 == 0 and depth_width % 16 == 0 else None
+        width, num_layers = int(match[1]), int(match[2])
+        depth_width, num_depth_layers = int(match[3] or width // 2), int(match[4] or max(1, num_layers // 4))
+        # 256: 4 heads of 64 share a key head in the backbone. 16: RoPE needs an even width of the 8 depth heads.
+        if min(width, num_layers, depth_width, num_depth_layers) < 1 or width % 256 or depth_width % 16:
+            raise KeyError(name)
+        return sized(width, num_layers, depth_width, num_depth_layers)
 
 
 FLAVORS = Flavors(

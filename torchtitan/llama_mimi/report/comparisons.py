@@ -24,8 +24,8 @@ from llama_mimi.report.estimates import (
     proportion,
     same_items,
 )
-from llama_mimi.report.plots import forest, tradeoff
-from llama_mimi.report.results import SALMON, SALMON_MEAN, measure_of, read_results
+from llama_mimi.report.plots import forest
+from llama_mimi.report.results import measure_of, read_results
 
 NOT_COMPARED = ("real_time_factor",)  # depends on the machine
 SIGNIFICANCE = 0.05
@@ -67,18 +67,16 @@ SUMMARY = (
 
 
 def _by_system(corner: str, cells: Mapping[str, Mapping[str, str]], columns: Sequence[str]) -> list[Table]:
-    """Return a table with measures as rows and systems as columns; leave out empty rows and tables."""
+    """Return a table with measures as rows and systems as columns; leave out empty rows and tables.
+
+    If all data are synthetic, only the header is marked as synthetic.
+    """
     rows = [[name, *(of.get(column, "") for column in columns)] for name, of in cells.items()]
     rows = [row for row in rows if any(row[1:])]
-    return [_table([corner, *columns], rows)] if rows else []
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """Return a table of measures. If all data are synthetic, only the header is marked as synthetic."""
-    if all(SYNTHETIC in row[0] for row in rows):
-        header = [f"{header[0]} (synthetic data)", *header[1:]]
+    if rows and all(SYNTHETIC in row[0] for row in rows):
+        corner += " (synthetic data)"
         rows = [[row[0].replace(SYNTHETIC, ""), *row[1:]] for row in rows]
-    return Table(header, rows)
+    return [Table([corner, *columns], rows)] if rows else []
 
 
 def comparison(
@@ -236,7 +234,9 @@ def comparable_sets(items: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     for conditions, some in items[is_benchmark].groupby("conditions", sort=False):
         yield f"Accuracy, preset {conditions}", some
     for (conditions, _), some in items[~is_benchmark].groupby(["conditions", "data"], sort=False):
-        yield f"Continuations, {conditions}", some
+        tasks = set(some["measure"].str.split("/").str[0])
+        speech = "Speech of texts" if "tts" in tasks else "Continuations"
+        yield f"{'Transcripts' if 'asr' in tasks else speech}, {conditions}", some
 
 
 def published_numbers(items: pd.DataFrame) -> list[Section]:
@@ -254,33 +254,6 @@ def published_numbers(items: pd.DataFrame) -> list[Section]:
     text = "The authors of each source have computed these numbers with their own scoring."
     found = _by_system("measure", cells, models)
     return [Section("Published by others", [text], (), found, [sources[model] for model in models])] if found else []
-
-
-def tradeoffs(items: pd.DataFrame, title: str, groups: Mapping[str, Sequence[str]], name: str) -> list[Picture]:
-    """Return a plot of fidelity (SALMon, speaker similarity) against linguistic scores. See `comparison` for groups."""
-    means: dict[str, pd.Series] = {}
-    own = items[items["system"].isin([system for some in groups.values() for system in some])]
-    own = own[~own["measure"].str.contains(":")]  # without further scoring rules
-    for _, measure, rows in by_measure(own, COMPARABLE):
-        of_items = rows.dropna(subset="value").groupby(["system", "part", "item"])["value"].mean()
-        of_parts = of_items.groupby(level=["system", "part"]).mean()
-        means.setdefault(rows["measure"].iloc[0], of_parts.groupby(level="system").mean() * measure.factor)
-    table = pd.DataFrame(means)
-    vertical = [column for column in table if column.startswith(("sLM21/", "sStoryCloze/"))]
-    salmon = [column for column in table if column == SALMON_MEAN] or [column for column in table if column in SALMON]
-    panels = {}
-    for horizontal in (salmon, [column for column in table if column == "similarity"]):
-        axes = [table[some].mean(axis=1, skipna=False) for some in (horizontal, vertical)]
-        points = pd.concat(axes, axis=1).dropna()
-        seeds = {label: [tuple(points.loc[s]) for s in some if s in points.index] for label, some in groups.items()}
-        if scored := {label: some for label, some in seeds.items() if some}:
-            panels[_mean_of(horizontal)] = scored
-    alt = f"{title}: fidelity against linguistic scores{' (synthetic)' * ('synthetic' in set(own['data_kind']))}"
-    return [Picture(f"{name}.png", tradeoff(panels, _mean_of(vertical), alt), alt)] if panels else []
-
-
-def _mean_of(names: Sequence[str]) -> str:
-    return ("mean of " if len(names) > 1 else "") + ", ".join(measure_of(name).heading for name in names)
 
 
 def report_results(results: Sequence[Path], output_file: Path | None) -> None:

@@ -120,9 +120,9 @@ def pyplot() -> Any:
     return import_extra("matplotlib.pyplot")
 
 
-def save_picture(figure: Any, kind: str = "png", dpi: int = 200) -> bytes:
-    """Return a figure as the bytes of a "png" or "pdf" file, and close the figure."""
+def save_picture(figure: Any) -> bytes:
+    """Return a figure as the bytes of a PNG file, and close the figure."""
     content = io.BytesIO()
-    figure.savefig(content, dpi=dpi, format=kind, bbox_inches="tight")
+    figure.savefig(content, dpi=120, format="png", bbox_inches="tight")
     pyplot().close(figure)
     return content.getvalue()

@@ -1,4 +1,4 @@
-"""Contents of pages: audio clips, continuations of several systems, and an overview of a tokenised corpus."""
+"""Contents of pages: audio clips, continuations of several systems, and clips of a tokenised corpus."""
 
 import hashlib
 import io
@@ -18,7 +18,7 @@ from llama_mimi.audio.reading import AudioError, read_audio
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import read_json, visible_files
 from llama_mimi.corpora.code_shards import CodeCorpus, read_manifest
-from llama_mimi.report.document import Clip, Picture, Section, Table, import_extra, pyplot, save_picture, write_html
+from llama_mimi.report.document import Clip, Section, Table, import_extra
 from llama_mimi.report.results import DAMAGE, KIND, in_order, measure_of, system_label
 
 RATE_HZ, ROUNDING_SECONDS = 24_000, 0.1
@@ -26,8 +26,6 @@ WINDOW, HOP = 1024, 240  # 43 ms and 10 ms at 24 kHz
 TOP_DB, RANGE_DB = 40.0, 80.0  # white is 40 dB and more (full scale is about 48 dB); black is -40 dB and less
 SPECTROGRAM_ROWS, MAX_COLUMNS = 96, 480
 MARK_COLUMNS, MARK_COLOR = 2, (90, 220, 255)
-# The colour map magma in nine equal steps, so that the demo does not need matplotlib.
-MAGMA = np.array([*bytes.fromhex("0000041c10444f127b812581b5367ae55064fb8761fec287fcfdbf")]).reshape(9, 3)
 MP3_QUALITY = 0.6  # compression level of soundfile, 0 to 1; 5 kB per second at 24 kHz
 ABOUT = (
     "Each clip begins with its prompt; a blue line in the spectrogram shows the end of the prompt. An ASR model has "
@@ -63,9 +61,8 @@ def spectrogram(samples_S: torch.Tensor, sample_rate_hz: int, mark_seconds: floa
     magnitude_FT = torchaudio.transforms.Spectrogram(WINDOW, hop_length=HOP, power=1.0)(padded_S)
     level_FT = 20 * magnitude_FT.clamp(min=1e-6).log10()
     fraction_FT = ((level_FT - TOP_DB + RANGE_DB) / RANGE_DB).clamp(0, 1).flip(0).numpy()
-    channels = [np.interp(fraction_FT, np.linspace(0, 1, len(MAGMA)), channel) for channel in MAGMA.T]
     Image = import_extra("PIL.Image")
-    image = Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
+    image = Image.fromarray(import_extra("matplotlib").colormaps["magma"](fraction_FT, bytes=True)[..., :3])
     colors = np.array(image.resize((min(image.width, MAX_COLUMNS), SPECTROGRAM_ROWS), Image.Resampling.BOX))
     if mark_seconds is not None:
         column = round(mark_seconds * sample_rate_hz / len(padded_S) * colors.shape[1])
@@ -122,39 +119,16 @@ def _clip(label: str, folder: Path, sample: Mapping[str, Any], prompt_seconds: f
     return make_clip(label, audio.samples_S, RATE_HZ, lines, mark_seconds)
 
 
-def write_codes_page(codes: str, page: Path, codec: str | None = None, num_clips: int = 10, seed: int = 0) -> None:
-    """Write a page about a tokenised corpus; see scripts/inspect_codes.py."""
-    if num_clips < 0:
-        raise UserError(f"--num_clips is {num_clips}; set it to 0 or more")
+def code_sections(codes: str, num_clips: int) -> list[Section]:
+    """Return ``num_clips`` decoded clips of a tokenised corpus, and the use of codes at each level.
+
+    ``codes`` is the --output_dir of scripts/tokenize_corpus.py. The clips are decoded with the codec in the manifest.
+    """
     manifest = read_manifest(codes)
-    made_by = manifest["codec"]
-    name, levels, sliding_window = codec or made_by["name"], made_by["num_quantizers"], made_by["sliding_window"]
+    name, levels, sliding_window = (manifest["codec"][key] for key in ("name", "num_quantizers", "sliding_window"))
     corpus = CodeCorpus(codes, name, levels, sliding_window, with_text="text" in manifest["columns"])
-    clips = decoded_clips(corpus, MimiCodec(name, levels, sliding_window=sliding_window), num_clips, seed)
-    samples = Section(f"{len(clips)} of {manifest['clips']:,} clips, decoded", clips=clips)
-    write_html(f"Codes in {codes}", [samples, overview(manifest), code_use(corpus)], page)
-
-
-def overview(manifest: dict[str, Any]) -> Section:
-    codec, clips, hours = manifest["codec"], manifest["clips"], manifest["hours"]
-    rows = [
-        ("corpus", manifest["corpus"]),
-        ("audio", f"{hours:,.2f} hours"),
-        ("clips", f"{clips:,}, {3600 * hours / clips:.1f} s on average"),
-        ("cut off at", f"{manifest['max_audio_seconds']:g} s: {manifest['cut']:,} clips"),
-        ("duplicates", f"{manifest['duplicates_kept']:,} kept"),
-        ("shards", f"{len(manifest['shards']):,}, {sum(s['bytes'] for s in manifest['shards']) / 1e6:,.1f} MB"),
-        ("codec", f"{codec['name']}, weights {codec['sha256'][:12]}, {codec['num_quantizers']} levels"),
-    ]
-    for key, title in {"skipped": "could not be used", "filtered": "filtered", "audio_warnings": "warning"}.items():
-        rows += [(f"{title}: {reason}", f"{number:,} clips") for reason, number in manifest[key].items()]
-    print("\n".join(map(": ".join, rows)))
-    lengths = [seconds / 3600 for _, seconds in manifest["by_second"]]
-    figure, axes = pyplot().subplots(figsize=(4.5, 2.2), layout="constrained")
-    axes.bar(np.arange(len(lengths)) + 0.5, lengths, 1.0, edgecolor="white")
-    axes.set(xlabel="clip length (s)", ylabel="hours of audio")
-    picture = Picture("lengths.png", save_picture(figure), "Hours of audio by the length of clips")
-    return Section("Overview", (), [picture], [Table(("property", "value"), rows)])
+    clips = decoded_clips(corpus, MimiCodec(name, levels, sliding_window=sliding_window), num_clips)
+    return [Section(f"{len(clips)} of {manifest['clips']:,} clips, decoded", clips=clips), code_use(corpus)]
 
 
 def code_use(corpus: CodeCorpus) -> Section:
@@ -174,11 +148,11 @@ def code_use(corpus: CodeCorpus) -> Section:
     return Section("Use of codes", [about], tables=[table])
 
 
-def decoded_clips(corpus: CodeCorpus, codec: MimiCodec, num_clips: int, seed: int) -> list[Clip]:
+def decoded_clips(corpus: CodeCorpus, codec: MimiCodec, num_clips: int) -> list[Clip]:
     """Decode the beginning of randomly chosen clips."""
     ends_U, max_frames = np.cumsum(corpus.rows_per_unit), round(CLIP_SECONDS * codec.frame_rate_hz)
     clips = []
-    for number in np.sort(np.random.default_rng(seed).choice(ends_U[-1], min(num_clips, ends_U[-1]), replace=False)):
+    for number in np.sort(np.random.default_rng(0).choice(ends_U[-1], min(num_clips, ends_U[-1]), replace=False)):
         unit = int(np.searchsorted(ends_U, number, side="right"))
         row = corpus.read(unit)[int(number - ends_U[unit] + corpus.rows_per_unit[unit])]
         seconds = len(row["codes"]) / codec.frame_rate_hz

@@ -2,15 +2,13 @@
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from llama_mimi.report.document import pyplot, save_picture
 from llama_mimi.report.estimates import Estimate
 
 WIDTH_INCHES = 5.2
 FONT_SIZE = 10.5
-DPI = 120
-MARKERS = "osD^vPX"
 
 
 def forest(panels: Mapping[str, Mapping[str, Estimate]], title: str, *, is_difference: bool = False) -> bytes:
@@ -49,10 +47,7 @@ def forest(panels: Mapping[str, Mapping[str, Estimate]], title: str, *, is_diffe
             elif next(iter(lines.values())).measure.is_accuracy:
                 axes.axvline(50, color="black", linewidth=0.8, linestyle=":")  # chance
                 axes.set_xlim(0, 100)
-            stars = [" *" * one.has_star for one in lines.values()]
-            axes.set_yticks(
-                range(len(lines)), [labels[system] + star for system, star in zip(lines, stars, strict=True)]
-            )
+            axes.set_yticks(range(len(lines)), [labels[name] + " *" * one.has_star for name, one in lines.items()])
             axes.set_ylim(len(lines) - 0.4, -0.6)
             axes.set_title(textwrap.fill(heading, 36), loc="left", fontsize=FONT_SIZE, weight="bold", pad=3)
             axes.locator_params(axis="x", nbins=5)
@@ -61,30 +56,4 @@ def forest(panels: Mapping[str, Mapping[str, Estimate]], title: str, *, is_diffe
             axes.grid(axis="x", alpha=0.3)
             axes.spines[["top", "right", "left"]].set_visible(False)
             axes.tick_params(axis="y", length=0)
-    return save_picture(figure, dpi=DPI)
-
-
-def tradeoff(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], vertical: str, title: str) -> bytes:
-    """Return a PNG with a scatter plot for each measure of fidelity. Small marks are seeds; large marks are means.
-
-    ``panels`` maps the label of a horizontal axis to systems, and each system to points (x, y), one for each seed.
-    """
-    plt = pyplot()
-    size = (WIDTH_INCHES, 3.4 * len(panels) + 1)
-    with plt.rc_context({"font.size": FONT_SIZE}):
-        figure, grid = plt.subplots(len(panels), figsize=size, squeeze=False, layout="constrained")
-        figure.suptitle(textwrap.fill(title, 50), fontsize=FONT_SIZE)
-        names = list(dict.fromkeys(label for systems in panels.values() for label in systems))
-        for axes, (horizontal, systems) in zip(grid[:, 0], panels.items(), strict=True):
-            for label, points in systems.items():
-                number = names.index(label)
-                look = {"color": f"C{number % 10}", "marker": MARKERS[number % len(MARKERS)], "linestyle": ""}
-                xs, ys = zip(*points, strict=True)
-                axes.plot(xs, ys, **look, markersize=4, alpha=0.6)
-                axes.plot(sum(xs) / len(xs), sum(ys) / len(ys), **look, markersize=10, label=label)
-            axes.set_xlabel(textwrap.fill(f"fidelity: {horizontal}", 45))
-            axes.set_ylabel(textwrap.fill(f"linguistic: {vertical} (%)", 36))
-            axes.grid(alpha=0.3)
-            axes.spines[["top", "right"]].set_visible(False)
-        figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    return save_picture(figure, dpi=DPI)
+    return save_picture(figure)

@@ -17,14 +17,8 @@ ITEMS = (200, 1000, 5000)
 LEGEND = (
     "Each cell contains the smallest true difference between two variants that is detected with a probability of 80 % "
     f"with {', '.join(map(str, SEEDS[:-1]))} and {SEEDS[-1]} seeds for each variant (two-sided test at 5 %, as for a "
-    "primary difference). Accuracies are in percentage points. For perplexities, the ratio is shown instead. n is the "
-    "number of items: pairs, groups of pairs, or prompts. If speakers are known, more items come from more speakers.",
-    "The standard deviations (SD) are computed from the values of this study. The SD of seeds describes the means of "
-    "runs over infinitely many items. The SD of items describes the differences between two variants on single items "
-    "(or speakers), over infinitely many runs. The residual SD describes the value of one run on one item (or "
-    "speaker). The computation assumes that the test statistic has a noncentral t distribution, and that the variance "
-    "between seeds is pooled over all variants of the study. If an SD is 0, this study cannot measure it. Then, the "
-    "detectable differences for more items are too small.",
+    "primary difference). Accuracies are in percentage points. Perplexities have ratios instead. n is the number of "
+    "items; if speakers are known, more items come from more speakers. `config/studies/README.md` explains the columns."
 )
 
 
@@ -67,4 +61,4 @@ def power_table(items: pd.DataFrame, tables: Sequence[Sequence[Sequence[str]]], 
     if not rows:
         raise UserError("no table has two variants with at least two finished runs each; add seeds to the study")
     header = ["measure", "SD: seeds", "items", "residual", "this n", *(f"n = {number:,}" for number in ITEMS)]
-    return Section(title, LEGEND, tables=[Table(header, rows)])
+    return Section(title, [LEGEND], tables=[Table(header, rows)])

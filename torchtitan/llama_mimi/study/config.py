@@ -5,6 +5,7 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_type_hints
 
@@ -14,7 +15,7 @@ from llama_mimi.common.errors import UserError
 from llama_mimi.evaluation.options import PRIMARY, PROMPT_RULES, EvaluationOptions
 from llama_mimi.evaluation.script import BENCHMARK_SCRIPTS
 from llama_mimi.judging.options import GenerationOptions, read_criteria
-from llama_mimi.report.results import BENCHMARKS, BITS, FIXED_LENGTH, MEASURES
+from llama_mimi.report.results import BITS, FIXED_LENGTH, MEASURES
 from llama_mimi.study.budget import cost, resolved
 from llama_mimi.training.config_file import fits
 
@@ -26,10 +27,6 @@ LISTS |= {"level_weights": list[str]}
 # Training settings and flags of eval/ that a study file must not set, because axes or the study set them.
 OWN = {"model.architecture", "model.flavor", "codec.num_quantizers", "loss.level_weights", "job.config_file"}
 OWN |= {"job.dump_folder", "checkpoint.folder", "debug.seed", "model_name", "output_dir", "codes_dir", "name"}
-# Measures that need a flag of eval/generation.py, or a certain value of its flag --quality.
-NEEDS = {"similarity": "speaker_model", "words_per_minute": "asr_model", "auto_bleu": "asr_model"}
-NEEDS |= dict.fromkeys(("log_perplexity", "log_generative_perplexity"), "text_model")
-NEEDS |= {quality: quality for quality in ("distillmos", "aesthetics")}
 
 
 class Variant(NamedTuple):
@@ -99,12 +96,16 @@ class Study:
     benchmarks: dict[Literal["salmon", "sLM21", "sStoryCloze", "prosaudit"], Flags] = field(default_factory=dict)
     generation: Flags = field(default_factory=dict)  # flags of eval/generation.py; default: do not judge
     tables: tuple[Table, ...] = ()
-    result_files: dict[str, str] = field(default_factory=dict)  # file name by benchmark
 
     @property
     def variants(self) -> list[Variant]:
         """Unique variants in the order of the tables."""
         return list(dict.fromkeys(variant for table in self.tables for variant in table.variants))
+
+    @cached_property
+    def evaluations(self) -> dict[str, EvaluationOptions]:
+        """Parsed flags of each benchmark."""
+        return {name: parse_options(EvaluationOptions, to_cli_args(flags)) for name, flags in self.benchmarks.items()}
 
     @property
     def runs(self) -> list[Run]:
@@ -144,7 +145,7 @@ def read_study(path: Path) -> Study:
         grids = [_checked(some, types, "[[tables]]", "title") for some in values.pop("tables", [])]
         _checked(values, get_type_hints(Study), "the file", "name", "output_dir", "config")
         study = Study(path, **values | {"output_dir": Path(values["output_dir"])})
-        computed = _computed_measures(study)
+        computed = _scored(study) | (_judged(study.generation) if study.generation else set())
         _check(study := replace(study, tables=tuple(_table(study, grid, computed) for grid in grids)))
     except (OSError, TypeError, ValueError, UserError) as error:
         raise UserError(f"the study '{path}' cannot be used: {error}") from error
@@ -165,12 +166,12 @@ def _checked(values: Any, types: Mapping[str, Any], name: str, *required: str) -
     return values
 
 
-def _computed_measures(study: Study) -> set[str]:
-    """Check the flags of eval/, fill ``study.result_files``, and return the names of the measures without bits/s."""
+def _scored(study: Study) -> set[str]:
+    """Return the names of the accuracies that the study's benchmarks compute; check the flags of the benchmarks."""
     found: set[str] = set()
-    for name, flags in study.benchmarks.items():
-        script, options = BENCHMARK_SCRIPTS[name], parse_options(EvaluationOptions, _with_model(flags))
-        study.result_files[name] = script.result_path(options).name
+    for name, options in study.evaluations.items():
+        script = BENCHMARK_SCRIPTS[name]
+        script.result_path(options)  # raises a `UserError` for invalid flags
         _, scoring = options.scoring(script.levels)
         has_prompts = script.has_prompts and not scoring.as_released
         rules = {*scoring.by_levels, *(PROMPT_RULES if has_prompts else ()), *script.text_rules} - {PRIMARY}
@@ -179,21 +180,24 @@ def _computed_measures(study: Study) -> set[str]:
         if name in ("salmon", "sStoryCloze") and options.data_dir and root.is_dir():  # a part may be any folder
             parts |= {f"{name}/{folder.resolve().name}" for folder in (root, *root.iterdir()) if folder.is_dir()}
         found |= parts | {f"{part}:{rule}" for part in parts for rule in rules}
-    if study.generation:
-        judging = parse_options(GenerationOptions, _with_model(study.generation))
-        measures = judging.measures
-        # The names in `NEEDS` that are available; None stands for a measure that is always computed.
-        used = {None, measures.quality} | {flag for flag, value in vars(measures).items() if value is not None}
-        criteria = read_criteria(measures.judge_criteria).names if measures.judge_model else []
-        judged = {*MEASURES, f"{FIXED_LENGTH}{judging.similarity_seconds:g}", *(f"judge/{one}" for one in criteria)}
-        sources = {measure: measure.split("/")[0] for measure in judged}
-        found |= {m for m, source in sources.items() if source not in BENCHMARKS and NEEDS.get(source) in used}
     return found
 
 
-def _with_model(flags: Flags) -> list[str]:
-    """Return flags of a script in eval/ as command-line arguments, with the name of a model."""
-    return to_cli_args({**flags, "model_name": "model"})
+def _judged(flags: Flags) -> set[str]:
+    """Return the names of the measures that eval/generation.py computes with these flags; check the flags."""
+    options = parse_options(GenerationOptions, to_cli_args(flags | {"model_name": "model"}))
+    measures = options.measures
+    found = {"seconds", "silent", "ended", "distinct_frames"}
+    found |= {name for name in MEASURES if name.split("/")[0] == measures.quality}
+    if measures.speaker_model is not None:
+        found |= {"similarity", f"{FIXED_LENGTH}{options.similarity_seconds:g}"}
+    if measures.asr_model is not None:
+        found |= {"words_per_minute", "auto_bleu"}
+    if measures.text_model is not None:
+        found |= {"log_perplexity", "log_generative_perplexity"}
+    if measures.judge_model is not None:
+        found |= {f"judge/{name}" for name in read_criteria(measures.judge_criteria).names}
+    return found
 
 
 def _table(study: Study, grid: Flags, computed: set[str]) -> Table:
@@ -258,7 +262,6 @@ def _check(study: Study) -> None:
             "two tables have the same title; change one",
         ),
         (len({*study.seeds}) < len(study.seeds), f"seeds is {study.seeds}; set each seed only once"),
-        (min(launch.parallel, launch.nproc_per_node) < 1, "launch.parallel and launch.nproc_per_node must be positive"),
         (own, f"only axes or the study itself may set {', '.join(sorted(own))}; remove these keys"),
         (unused, f"the [[override]] {unused[:1]} does not apply to any variant; use values from [[tables]]"),
         (is_unknown_batch, "the number of ranks of launch.train is unknown; set training.global_batch_size"),

@@ -10,10 +10,10 @@ from tqdm import tqdm
 
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import write_atomically
-from llama_mimi.report.comparisons import LEGEND_OF_STUDIES, ONE_RUN, comparison, published_numbers, tradeoffs
+from llama_mimi.report.comparisons import LEGEND_OF_STUDIES, ONE_RUN, comparison, published_numbers
 from llama_mimi.report.document import Section, to_markdown, write_markdown
 from llama_mimi.report.power import power_table
-from llama_mimi.report.results import BITS, COLUMNS, read_results
+from llama_mimi.report.results import BITS, read_results
 from llama_mimi.study.config import Run, Study, label
 from llama_mimi.study.run import INDEX
 from llama_mimi.training.metrics import BITS as BITS_KEY
@@ -65,10 +65,9 @@ def sections(study: Study, lines: Lines) -> list[Section]:
             for row, (key, unit, name) in COSTS.items()
         }
         picture, all_groups = f"forest-{number}", systems.values()
-        section = comparison(items, table.title, groups, picture, all_groups=all_groups, primary=primary, costs=costs)
-        found.append(section)
-        if pictures := tradeoffs(items, table.title, groups, f"tradeoff-{number}"):
-            found.append(Section(f"{table.title}: trade-off", pictures=pictures))
+        found.append(
+            comparison(items, table.title, groups, picture, all_groups=all_groups, primary=primary, costs=costs)
+        )
     return found + published_numbers(items)
 
 
@@ -91,9 +90,6 @@ def _saved_results(study: Study) -> pd.DataFrame:
     found = read_results(folders).items
     if (path := study.output_dir / RESULTS).is_file():
         saved = pd.read_parquet(path)
-        if missing := {*COLUMNS} - {*saved}:
-            problem = f"'{path}' lacks the column '{min(missing)}', because an older version wrote the file"
-            raise UserError(f"{problem}; remove the file, and score the models again")
         if found.empty:
             return saved
         if lost := set(saved["system"] + ", " + saved["measure"]) - set(found["system"] + ", " + found["measure"]):

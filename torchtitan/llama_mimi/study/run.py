@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from llama_mimi.common.distributed import end_with_parent
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import LOCK, locked, read_json, write_atomically
 from llama_mimi.common.resume import require_same
+from llama_mimi.evaluation.script import BENCHMARK_SCRIPTS
 from llama_mimi.report.curves import read_curves
 from llama_mimi.study.budget import cost, resolved
 from llama_mimi.study.config import Flags, Launch, Run, Study, label
@@ -59,7 +60,8 @@ def steps(study: Study, run: Run) -> list[Step]:
         Step("convert", [*python, "scripts/convert_dcp_to_hf.py"], conversion, Path(model, "config.json")),
     ]
     for name, options in study.benchmarks.items():
-        output = out / "results" / name / run.name / study.result_files[name]
+        own = replace(study.evaluations[name], model_name=model, output_dir=out / "results")
+        output = BENCHMARK_SCRIPTS[name].result_path(own)
         found.append(Step(name, [*ranks, f"eval/{name}.py"], options | scoring, output))
     if study.generation:
         found.append(Step(GENERATION, [*ranks, "eval/generation.py"], judging, out / f"generations/{run.name}.json"))
@@ -97,14 +99,10 @@ def check_unchanged(study: Study) -> None:
     """Raise a `UserError` if flags or config files have changed since a run was started."""
     for run in study.runs:
         record = read_record(study, run)
-        if "flags" in record:
-            problem = f"'{run_folder(study, run)}' contains a run of an old version of this project"
-            raise UserError(f"{problem}; set another output_dir in the study file")
         for step in steps(study, run):
             if saved := record["settings"].get(step.name):
                 current = dict.fromkeys(saved) | _settings(study, run, step)  # removed flags become None
-                what = f"the step '{step.name}' of {run.name}"
-                require_same(saved, current, what, RESTORE)
+                require_same(saved, current, f"the step '{step.name}' of {run.name}", RESTORE)
 
 
 def train_and_score(study: Study, runs: Sequence[Run]) -> None:
@@ -158,19 +156,10 @@ def _run(study: Study, run: Run, todo: Sequence[Step]) -> None:
             break
         record["seconds"][step.name] = round(time.monotonic() - began, 1)
         save()
-        print(f"{run.name}: {step.name} is done; {_progress(study)}", flush=True)
+        num_done = sum(len(read_record(study, one)["seconds"]) for one in study.runs)
+        print(f"{run.name}: {step.name} is done; {num_done} steps of {len(study.runs)} runs are done", flush=True)
     record["failed"] = failed
     save()
-
-
-def _progress(study: Study) -> str:
-    """Return the number of finished steps, and estimate the time left from the mean time of each command."""
-    names = [TRAIN, "convert", *study.benchmarks, *[GENERATION] * bool(study.generation)]
-    records = [read_record(study, run)["seconds"] for run in study.runs]
-    seconds = {name: [record[name] for record in records if name in record] for name in names}
-    left = sum(sum(some) / len(some) * (len(records) - len(some)) for some in seconds.values() if some)
-    time_left = timedelta(seconds=round(left / study.launch.parallel))
-    return f"{sum(map(len, seconds.values()))} of {len(names) * len(records)} steps, left: about {time_left}"
 
 
 def start(launch: Launch, name: str, log: Path, command: list[str]) -> None:
