@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import math
 import random
 import shutil
 from collections import Counter
@@ -112,11 +113,46 @@ def test_speakers_of_salmon_are_read_from_a_table_if_there_is_one(tmp_path):
     assert speakers == {("rir", "0"): "", ("spe", "0"): "bob", ("spe", "2"): "ann", ("spe", "11"): "ann"}
     for rows, index in (("0,a\n2,b", 11), ("0,a\n2,\n11,c", 2), ("0,a\n2,b\n2,c\n11,d", 2), ("0,a\n2,b\n11,c,d", 11)):
         (folder / "speakers.csv").write_text(f"index,speaker\n{rows}\n")
-        with pytest.raises(UserError, match=f"index '{index}' must have audio files, and one row with its speaker"):
+        with pytest.raises(UserError, match=f"index '{index}' must have audio, and one row with its speaker"):
             read_salmon(str(tmp_path))
     (folder / "speakers.csv").write_text("sample,speaker\n0,a\n")
-    with pytest.raises(UserError, match="index '0' must have audio files"):
+    with pytest.raises(UserError, match="index '0' must have audio"):
         read_salmon(str(tmp_path))
+
+
+def test_transcripts_are_read_from_the_official_columns_and_from_a_table(tmp_path):
+    words, sentences = (
+        [pair for pair in read_slm21(str(BENCHMARKS / "sLM21")).pairs if pair.part == part]
+        for part in ("lexical_dev", "syntactic_dev")
+    )
+    assert all(clip.text == clip.name.split("_")[0] for pair in words for clip in (pair.positive, pair.negative))
+    assert all(
+        sorted(pair.positive.text.lower()) == sorted(pair.negative.text.lower()) and pair.positive.text[-1] == "."
+        for pair in sentences
+    )
+    stories = read_storycloze(str(BENCHMARKS / "storycloze")).pairs
+    for pair in stories:
+        one, other = pair.positive, pair.negative
+        assert (one.prompt, one.prompt_seconds) == (other.prompt, other.prompt_seconds) and one.text != other.text
+        assert one.prompt.count(".") == 2 and one.text.startswith("In the end, ") and one.text.count(".") == 1
+        assert 1 < one.prompt_seconds < soundfile.info(one.source).duration - 1
+
+    touch(tmp_path, "1_a.wav", "2_b.wav")
+    (pair,) = read_storycloze(str(tmp_path)).pairs
+    assert pair.positive == Clip("1_a.wav", tmp_path / "1_a.wav", prompt_seconds=pair.positive.prompt_seconds)
+    table, header = tmp_path / "transcripts.csv", "file,prompt,ending,prompt_seconds\n"
+    table.write_text(f'{header}2_b.wav,"One. Two.",B.,1.5\n1_a.wav,"One. Two.",A.,late\n')
+    (pair,) = read_storycloze(str(tmp_path)).pairs
+    assert (pair.positive.text, pair.negative.text, pair.negative.prompt) == ("A.", "B.", "One. Two.")
+    assert pair.negative.prompt_seconds == 1.5 and math.isnan(pair.positive.prompt_seconds)
+    for rows in (
+        "1_a.wav,O.,A.,\n",
+        "1_a.wav,O.,A.,\n2_b.wav,O.,,2\n",
+        "1_a.wav,O.,A.,\n2_b.wav,O.,B.,\n2_b.wav,O.,B.,\n",
+    ):
+        table.write_text(header + rows)
+        with pytest.raises(UserError, match="file '2_b.wav' must have audio, and one row with its prompt and ending"):
+            read_storycloze(str(tmp_path))
 
 
 def test_an_odd_file_out_is_named(copied):

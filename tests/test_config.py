@@ -54,9 +54,18 @@ def downloads(tmp_path_factory):
         row = {"id": "a", "audio": {"bytes": b"", "path": "a"}, "text": "a"}
         Dataset.from_list([row]).to_parquet(folder / "peoples_speech" / config / f"{split}-00000-of-00001.parquet")
     (folder / "mimi" / "model.safetensors").touch()
-    for name in ("libri_light", "peoples_speech", "peoples_speech_all", "voxpopuli_en", "emilia_en"):
-        clips = [CodedClip("a", np.zeros((10, 8), np.uint16), 0.8, False)]
-        write_codes(folder / "data" / "codes" / name, str(folder / "mimi"), [clips])
+    labels = {name: ["text", "speaker"] for name in ("emilia_en", "yodas_en", "librispeech_dev_clean")}
+    labels |= {name: ["text"] for name in ("peoples_speech", "peoples_speech_all")}
+    labels |= {"libri_light": ["speaker"], "voxpopuli_en": []}
+    for name, columns in labels.items():
+        clips = [CodedClip("a", np.zeros((10, 8), np.uint16), 0.8, False, text="a", speaker="b")]
+        write_codes(folder / "data" / "codes" / name, str(folder / "mimi"), [clips], columns)
+    for part in ("train", "validation"):
+        write_codes(folder / "data" / "codes" / f"tiny_{part}", str(TINY / "mimi"), [clips], ["text", "speaker"])
+    texts = folder / "data" / "fineweb_edu" / "sample" / "10BT"
+    texts.mkdir(parents=True)
+    for name in ("000_00000", "013_00000"):
+        Dataset.from_list([{"text": "a"}]).to_parquet(texts / f"{name}.parquet")
     return folder
 
 
@@ -66,13 +75,18 @@ def test_shipped_configs_are_valid(path, downloads, monkeypatch):
     text = path.read_text()
     assert f"--job.config_file config/{path.name}" in text.split("[job]")[0], "opens with its launch command"
     flags = ["--job.config_file", str(path), "--job.dump_folder", str(downloads / "run")]
+    config = tomllib.loads(text)
+    # The corpora of the config, in a user's working directory.
+    for name in "training.dataset validation.dataset data.text_dataset data.validation_text_dataset".split():
+        section, key = name.split(".")
+        if value := config[section].get(key):
+            flags += [f"--{name}", value.replace("data/", f"{downloads}/data/")]
     if not path.stem.startswith("tiny"):
-        flavor = tomllib.loads(text)["model"]["flavor"]
+        flavor = config["model"]["flavor"]
         flags += ["--model.hf_assets_path", str(downloads / flavor), "--codec.name", str(downloads / "mimi")]
-        # The corpora of the config, in a user's working directory.
-        dataset = tomllib.loads(text)["training"]["dataset"]
-        flags += ["--training.dataset", dataset.replace("data/", f"{downloads}/data/")]
-        flags += ["--validation.dataset_path", str(downloads / "peoples_speech"), "--checkpoint.no-initial_load_in_hf"]
+        flags += ["--checkpoint.no-initial_load_in_hf"]
+        if "dataset_path" in config["validation"]:
+            flags += ["--validation.dataset_path", str(downloads / "peoples_speech")]
     job_config = checked_config(flags)
     assert job_config.job.save_config_file and job_config.metrics.enable_tensorboard
 

@@ -23,7 +23,7 @@ from llama_mimi.generation import kv_cache
 from llama_mimi.generation.continuation import continue_codes, finished, for_model, print_cut_prompts, with_progress
 from llama_mimi.generation.decoding import FinishReason, Request, Sampling, decode, draw_entries
 from llama_mimi.generation.flattened import FlattenedModel
-from llama_mimi.generation.hierarchical import HierarchicalModel
+from llama_mimi.generation.hierarchical import CsmWithTextHead, HierarchicalModel
 from llama_mimi.generation.options import SamplingOptions
 from llama_mimi.model.llama import FLAVORS
 from llama_mimi.tokens.tokenizer import load_speech_tokenizer
@@ -39,11 +39,13 @@ def flattened(codec, Q, vocabulary="llama", **shape):
     return FlattenedModel(decoder.eval(), tokenizer, codec.at_depth(Q))
 
 
-def hierarchical(codec, Q, **shape):
+def hierarchical(codec, Q, text_head=None, **shape):
     tokenizer = load_speech_tokenizer(str(TINY / "llama"), str(TINY / "mimi"), Q, "llama", "hierarchical")
-    shape |= {"architecture": "hierarchical", "enable_weight_tying": False, "num_quantizers": Q, "codebook_size": K}
+    shape |= {"architecture": "hierarchical", "num_quantizers": Q, "codebook_size": K}
+    shape |= {"enable_weight_tying": text_head == "tied", "predicts_text": text_head is not None}
     args = replace(FLAVORS["tiny"], vocab_size=tokenizer.vocabulary.size, **shape)
-    csm = CsmForConditionalGeneration(csm_config(args, codec=str(TINY / "mimi"), num_quantizers=Q))
+    cls = CsmWithTextHead if text_head == "separate" else CsmForConditionalGeneration
+    csm = cls(csm_config(args, codec=str(TINY / "mimi"), num_quantizers=Q))
     return HierarchicalModel(csm.eval(), tokenizer, codec.at_depth(Q))
 
 
@@ -345,7 +347,9 @@ def test_text_comes_before_the_speech(codec):
         assert spoken[0][len(prompt_TQ), 0] == first
     model.decoder.config.update({"task": "a2a"})
     for without_text in (model, flattened(codec, 4, "audio")):
-        with pytest.raises(UserError, match="was trained without text; train a model with --data.task tts"):
+        with pytest.raises(
+            UserError, match="a text to speak needs the task 'tts', but the model was trained on audio; choose"
+        ):
             continue_codes(without_text, PROMPT, options, "one")
     code, stderr = run_here("inference.py", "--text", os.fsdecode(b"caf\xe9"))
     assert code == 1 and r"--text 'caf\xe9' is not UTF-8" in stderr

@@ -1,6 +1,8 @@
 """Scores of clips, compared with a plain loop over the full logits of one clip."""
 
 import copy
+import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,8 +17,16 @@ from llama_mimi.common.distributed import DistributedContext
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.resume import ProgressLog
 from llama_mimi.corpora.code_shards import CodedClip
-from llama_mimi.evaluation.options import EvaluationOptions, Scoring
-from llama_mimi.evaluation.scoring import batch_scores, score_clips, shared_prompt
+from llama_mimi.evaluation.benchmarks import Clip
+from llama_mimi.evaluation.options import TEXT_RULES, EvaluationOptions, Scoring
+from llama_mimi.evaluation.scoring import (
+    batch_scores,
+    score_clips,
+    score_texts,
+    shared_prompt,
+    text_rules,
+    text_sequences,
+)
 from llama_mimi.generation.flattened import FlattenedModel
 from llama_mimi.model.llama import FLAVORS, LlamaMimiArgs
 from llama_mimi.tokens.tokenizer import SpeechTokenizer, load_speech_tokenizer
@@ -142,6 +152,60 @@ def test_further_rules_are_plain_means(models, levels, tmp_path):
     assert again == found  # from the log
 
 
+def test_scores_of_texts_are_plain_means(models, tmp_path):
+    """Transcripts, and stories whose prompt or ending is text. All tokens of the vocabulary are normalised over."""
+    model, Q, frames = models[4, True], 4, 3
+    vocabulary, text_tokenizer = model.tokenizer.vocabulary, model.tokenizer.text_tokenizer
+    codes_TQ = random_codes(7)
+    ids_T = vocabulary.ids_from_codes(codes_TQ).tolist()
+    bos, start, end = text_tokenizer.bos_token_id, vocabulary.audio_start_id, vocabulary.audio_end_id
+
+    def tokens(text):
+        return text_tokenizer(text, add_special_tokens=False).input_ids
+
+    whole = [bos, *tokens("A cat sat. It slept."), text_tokenizer.eos_token_id]
+    spoken = [bos, *tokens("A cat sat."), *tokens("\n"), start, *ids_T[frames * Q :], end]
+    first = spoken.index(start) + 1
+    written = [bos, start, *ids_T[: frames * Q], end, *tokens("\n"), *tokens("It slept."), *tokens("\n")]
+    expected = {
+        "text": plain_mean(model, whole, range(1, len(whole))),
+        "text_prompt": plain_mean(model, spoken, range(first, len(spoken), Q)),
+        "text_ending": plain_mean(model, written, range(frames * Q + 4, len(written))),  # after the newline
+    }
+    cut = plain_mean(model, spoken[:-1], range(first, len(spoken) - 1, Q))
+
+    seconds = (frames + 0.5) / model.codec.frame_rate_hz  # in the fourth frame, which belongs to the ending
+    story = Clip("a", TINY, text="It slept.", prompt="A cat sat.", prompt_seconds=seconds)
+    coded = CodedClip("a", codes_TQ.numpy(), 0.0, False)
+    clips = [
+        (story, coded),
+        (story, replace(coded, is_cut=True)),
+        (replace(story, prompt_seconds=7 / model.codec.frame_rate_hz), coded),  # the ending has no frame
+        (replace(story, prompt_seconds=math.nan), coded),
+        (Clip("b", TINY), coded),
+    ]
+    sequences = [text_sequences(model, *clip, Scoring((0,)), TEXT_RULES) for clip in clips]
+    log = ProgressLog(tmp_path, {})
+    found = score_texts(model, sequences, 50, log, DistributedContext())
+    only_text = {"text": expected["text"]}
+    for scores, wanted in zip(
+        found, (expected, expected | {"text_prompt": cut}, only_text, only_text, {}), strict=True
+    ):
+        assert scores == pytest.approx(wanted, abs=1e-5)
+    assert score_texts(model, sequences, 50, log, DistributedContext()) == found  # from the log
+    assert text_sequences(model, story, coded, Scoring((0,)), TEXT_RULES[:1]).keys() == {"text"}
+
+    for tasks, wanted in ((None, ()), (["audio", "asr"], ()), (["text"], ("text",)), (["interleaved"], TEXT_RULES)):
+        model.decoder.config.tasks = tasks
+        assert text_rules(model, Scoring((0,))) == wanted
+        assert (
+            text_rules(model, Scoring((0,), as_released=True))
+            == ()
+            == text_rules(model, Scoring(None, False, "grammar"))
+        )
+    del model.decoder.config.tasks
+
+
 @pytest.mark.parametrize(
     ("first", "second", "frames"),
     [
@@ -162,7 +226,7 @@ def test_a_prompt_is_the_common_prefix_in_whole_frames(first, second, frames):
 def test_scores_do_not_depend_on_how_many_logits_are_made_at_once(models, monkeypatch):
     clips = [(random_codes(frames), False) for frames in (3, 20)]
     expected = batch_scores(models[4, True], clips, Scoring(None), [0, 0])
-    monkeypatch.setattr("llama_mimi.generation.flattened.POSITIONS_AT_ONCE", 7)
+    monkeypatch.setattr("llama_mimi.generation.speech_model.POSITIONS_AT_ONCE", 7)
     for found, wanted in zip(batch_scores(models[4, True], clips, Scoring(None), [0, 0]), expected, strict=True):
         assert found == pytest.approx(wanted, abs=1e-6)
 

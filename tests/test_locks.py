@@ -66,7 +66,7 @@ def test_a_file_system_without_locks_is_warned_of(number, tmp_path, monkeypatch,
 
 
 def test_prompts_are_cut_by_one_process_at_a_time(tmp_path, monkeypatch):
-    def make_prompts(folder, options):
+    def make_prompts(folder, options, texts):
         for name in (LOCK, f".mine{LOCK}"):
             assert subprocess.run([sys.executable, "-c", HOLD, folder / name], capture_output=True).returncode
         raise UserError("seen")

@@ -11,13 +11,21 @@ import pytest
 import soundfile
 import torch
 from conftest import TINY
-from test_generation import Ending, flattened
+from test_generation import Ending, built, flattened
 
 from llama_mimi.common.distributed import DistributedContext
 from llama_mimi.common.errors import UserError
 from llama_mimi.generation import prompt_folder
+from llama_mimi.generation.continuation import continue_codes, encode_prompts, read_prompt
 from llama_mimi.generation.options import SamplingOptions
-from llama_mimi.generation.prompt_folder import continue_folder, without_new_audio
+from llama_mimi.generation.prompt_folder import (
+    Prompt,
+    draw_samples,
+    find_prompts,
+    read_texts,
+    without_new_audio,
+)
+from llama_mimi.generation.transcription import transcribe
 
 OPTIONS = SamplingOptions(seconds=0.8, temperature=1.0, num_samples=2)
 
@@ -41,7 +49,8 @@ def prompts(tmp_path_factory):
 
 
 def run(model, prompts, output_dir, options=OPTIONS, num_rows=2, **made_by):
-    return continue_folder(model, prompts, output_dir, options, num_rows, DistributedContext(), made_by)
+    found = find_prompts(prompts, output_dir)
+    return draw_samples(model, found, output_dir, options, num_rows, DistributedContext(), made_by)
 
 
 def content(folder):
@@ -164,3 +173,59 @@ def test_a_name_that_is_not_utf_8_is_written_as_utf_8(model, prompts, tmp_path):
     assert failed["prompt"] == r"\xff.wav" and r"\xff.wav' is not readable audio" in failed["error"]
     assert (tmp_path / "out" / made["file"]).exists()
     assert run(model, tmp_path / "in", tmp_path / "out", options) == [made, failed]
+
+
+def test_each_line_of_a_file_is_spoken_once(model, tmp_path):
+    """Samples have the codes of `continue_codes`. After a line has changed, its sample is drawn again."""
+
+    def speak(*lines):
+        (tmp_path / "texts.txt").write_text("\n".join(lines))
+        found = read_texts(tmp_path / "texts.txt")
+        return draw_samples(model, found, tmp_path / "out", options, 2, DistributedContext(), {})
+
+    options = replace(OPTIONS, temperature=0, min_seconds=0.8, num_samples=1)
+    first = speak("one", "", "two three", "four")
+    assert [(record["file"], record["text"]) for record in first] == [
+        ("000001_0.wav", "one"),
+        ("000003_0.wav", "two three"),
+        ("000004_0.wav", "four"),
+    ]
+    for record in first:
+        (codes_TQ,) = continue_codes(model, torch.zeros(0, 4, dtype=torch.long), options, record["text"])
+        samples_S, _ = soundfile.read(tmp_path / "out" / record["file"])
+        assert record["prompt_frames"] == 0 and np.abs(samples_S - model.codec.decode(codes_TQ).numpy()).max() < 1e-3
+    second = speak("one", "", "two", "four")
+    assert [record["text"] for record in second] == ["one", "two", "four"]
+    assert [{**record, "seconds": 0} for record in second[::2]] == [{**record, "seconds": 0} for record in first[::2]]
+    silent = draw_samples(
+        Ending(model, 1e4), [Prompt("a", text="one")], tmp_path / "b", OPTIONS, 2, DistributedContext(), {}
+    )
+    assert [record["frames"] for record in silent] == [0, 0] and soundfile.info(tmp_path / "b" / "a_0.wav").frames == 0
+    (tmp_path / "texts.txt").write_bytes(b"\xff")
+    with pytest.raises(UserError, match="is not readable as UTF-8"):
+        read_texts(tmp_path / "texts.txt")
+
+
+def test_a_folder_is_transcribed_once(codec, prompts, tmp_path):
+    """A missing transcript is written again, and the others are kept."""
+    model = built(codec, "flattened", n_layers=1)
+    model.decoder.config.update({"tasks": ["asr"]})
+
+    def run_again(**made_by):
+        settings = SamplingOptions(), 2, DistributedContext(), made_by
+        return draw_samples(model, found, tmp_path / "out", *settings, transcribes=True)
+
+    (tmp_path / "bad.wav").write_bytes(b"RIFF")
+    found = [*find_prompts(prompts, tmp_path / "out"), Prompt("bad.wav", tmp_path / "bad.wav")]
+    records = run_again()
+    written = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert written == records and len(records) == 12 and "is not readable audio" in records[-1]["error"]
+    for prompt, record in zip(found[:-1], records, strict=False):
+        codes = encode_prompts(model, [read_prompt(str(prompt.path), codec)], SamplingOptions())
+        text, is_cut = transcribe(model, codes, 1)[0]
+        assert (record["transcript"], record["end"]) == (text, "cut" if is_cut else "ended") and text
+        assert (tmp_path / "out" / record["file"]).read_text() == f"{text}\n"
+    (tmp_path / "out" / "speaker" / "0.txt").unlink()
+    assert run_again() == records and (tmp_path / "out" / "speaker" / "0.txt").exists()
+    with pytest.raises(UserError, match="model_sha256 = not set, but the current value is 'a'"):
+        run_again(model_sha256="a")

@@ -18,9 +18,11 @@ from conftest import ROOT, TINY
 from forked_ranks import ForkedRanks
 from layouts import add, lossless_rows
 
+from llama_mimi.audio.mimi import load_codec_config
 from llama_mimi.audio.reading import read_audio
 
 PAGE = ROOT / "config" / "CORPORA.md"
+CODEC = str(TINY / "mimi")
 SECONDS_OF_A_SESSION, SESSION = 45.0, "20181024-0900-PLENARY_en"
 
 
@@ -84,6 +86,26 @@ def emilia(folder, rows):
                 add(tar, f"{key}.json", json.dumps(said).encode())
 
 
+def yodas(folder, rows):
+    """Each recording has one row for each order; a character contains the level and the code."""
+    place, codebook_size = folder / "yodas2-mm-pretrain" / "en000", load_codec_config(CODEC, 8).codebook_size
+    place.mkdir(parents=True)
+    codes = "".join(chr(0xE000 + level * codebook_size + 5) for _ in range(30) for level in range(8))
+    text, audio = "<|text_start|>some words<|text_end|>", f"<|audio_start|>{codes}<|audio_end|>"
+    orders = {"a_type1": text + audio + text + audio, "a_type2": audio + text + audio + text}
+    content = {name: f"<|begin_of_text|>{order}<|end_of_text|>" for name, order in orders.items()}
+    table = [{"id": name, "split": "en000/00000000", "text": text} for name, text in content.items()]
+    pq.write_table(pa.Table.from_pylist(table), place / "00000000.parquet")
+
+
+def librispeech(folder, rows):
+    place = folder / "librispeech_asr" / "clean" / "validation"
+    place.mkdir(parents=True)
+    labels = {"text": "MISTER QUILTER", "speaker_id": 1272, "chapter_id": 128104}
+    table = [{"id": f"1272-{n}", "audio": {"bytes": row["bytes"], "path": "a"}} | labels for n, row in enumerate(rows)]
+    pq.write_table(pa.Table.from_pylist(table[:3]), place / "0000.parquet")
+
+
 # For each corpus: a writer, the filtered clips in the manifest, and a check of a row.
 PUBLISHED = {
     "libri_light": (libri_light, {}, lambda row: row["speaker"] == "100" and "text" not in row),
@@ -94,15 +116,26 @@ PUBLISHED = {
         {'not language == "en"': 2},
         lambda row: row["text"][0] == " " and row["speaker"][:3] == "EN_",
     ),
+    "yodas_en": (
+        yodas,
+        {"second row of a recording": 1},
+        lambda row: row["text"] == "some words" and row["speaker"] == "a" and np.all(np.array(row["codes"]) == 5),
+    ),
+    "librispeech_dev_clean": (
+        librispeech,
+        {},
+        lambda row: row["text"] == "MISTER QUILTER" and row["speaker"] == "1272",
+    ),
 }
+LONG_RUNS = ("libri_light", "peoples_speech_all", "voxpopuli_en", "emilia_en")
 
 
 def recipes():
-    """Return the tokenising commands of the page as lists of words, by the name of the output folder."""
+    """Return the commands of the page that write codes as lists of words, by the name of the output folder."""
     text = PAGE.read_text().replace("\\\n", " ")
     commands = [shlex.split(line) for line in re.findall(r"^uv run torchrun .*$", text, re.M)]
     return {
-        Path(words[words.index("--output_dir") + 1]).name: words[words.index("scripts/tokenize_corpus.py") :]
+        Path(words[words.index("--output_dir") + 1]).name: words[next(i for i, w in enumerate(words) if "/" in w) :]
         for words in commands
     }
 
@@ -111,8 +144,11 @@ def test_the_long_runs_train_on_what_the_recipes_make():
     for name in ("llama3_2_1b", "llama3_2_1b_hierarchical", "llama3_1_8b"):
         config = tomllib.loads((ROOT / "config" / f"{name}.toml").read_text())
         folders = [part.strip() for part in config["training"]["dataset"].split(",")]
-        assert {Path(folder).name for folder in folders} == recipes().keys() == PUBLISHED.keys()
+        assert {Path(folder).name for folder in folders} == {*LONG_RUNS}
         assert all(f"`{folder}`" in PAGE.read_text() for folder in folders)
+    config = (ROOT / "config" / "llama3_2_1b_text_speech.toml").read_text()
+    assert {*re.findall("data/codes/(\\w+)", config)} == PUBLISHED.keys() - {"voxpopuli_en"}
+    assert recipes().keys() == PUBLISHED.keys()
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -121,7 +157,7 @@ def test_a_recipe_on_what_is_published(rows, name, tmp_path):
     publish(tmp_path / "data", rows)
     words = [re.sub(r"^data/", f"{tmp_path}/data/", word) for word in recipes()[name]]
     with tempfile.TemporaryDirectory() as folder:
-        ranks = ForkedRanks(2, [*words, "--codec", str(TINY / "mimi"), "--num_workers", "1"], Path(folder) / "log")
+        ranks = ForkedRanks(2, [*words, "--codec", CODEC, "--num_workers", "1"], Path(folder) / "log")
         assert ranks.wait(240) == 0, ranks.output[-3000:]
     output = tmp_path / "data" / "codes" / name
     manifest = json.loads((output / "manifest.json").read_text())
@@ -133,4 +169,4 @@ def test_a_recipe_on_what_is_published(rows, name, tmp_path):
         assert sum(row["duration"] for row in stored) == pytest.approx(SECONDS_OF_A_SESSION, abs=0.01)
         assert len(stored) >= 3 and [row["is_cut"] for row in stored] == [True] * (len(stored) - 1) + [False]
     else:
-        assert len(stored) == {"peoples_speech_all": 7, "emilia_en": 4}[name]
+        assert len(stored) == {"peoples_speech_all": 7, "emilia_en": 4, "yodas_en": 2, "librispeech_dev_clean": 3}[name]

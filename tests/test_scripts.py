@@ -139,9 +139,33 @@ def test_ranks_share_a_folder_of_prompts(converted, tmp_path):
         words = ["--model_name", converted, "--prompts", tmp_path / "in", "--output_dir", tmp_path / f"{num_ranks}"]
         words += ["--seconds", 0.8, "--batch_size", 1]
         said = run_ranks(num_ranks, ["inference.py", *words], tmp_path / "log")
-        assert f"6 samples are in {tmp_path / str(num_ranks)}; see " in said
+        assert f"6 results are in {tmp_path / str(num_ranks)}; see " in said
     one, two = ({path.name: path.read_bytes() for path in (tmp_path / n).glob("*.wav")} for n in ("1", "2"))
     assert one == two and len(one) == 6
+
+
+def test_transcription(converted, tmp_path, capsys):
+    """One file is printed, and a folder gives one record for each file. A model needs the task "asr"."""
+    words = ["inference.py", "--model_name", tmp_path / "model", "--transcribe"]
+    shutil.copytree(converted, tmp_path / "model")
+    code, stderr = run_here(*words, TINY / "prompt.wav")
+    assert code == 1 and "transcription needs the task 'asr', but the model was trained on tts" in stderr
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"tasks": ["audio", "asr"]}))
+    capsys.readouterr()
+    assert run_here(*words, TINY / "prompt.wav")[0] == 0
+    printed = capsys.readouterr().out
+    (tmp_path / "in").mkdir()
+    shutil.copy(TINY / "prompt.wav", tmp_path / "in")
+    code, stderr = run_here(*words, tmp_path / "in")
+    assert code == 1 and "--transcribe with a folder need --output_dir" in stderr
+    assert run_here(*words, tmp_path / "in", "--output_dir", tmp_path / "out")[0] == 0
+    (line,) = (tmp_path / "out" / "results.jsonl").read_text().splitlines()
+    record = json.loads(line)
+    assert (record["file"], record["prompt"]) == ("prompt.txt", "prompt.wav") and record["transcript"]
+    assert printed.endswith(f"{record['transcript']}\n")
+    code, stderr = run_here("inference.py", "--model_name", tmp_path / "model", "--text", "one")
+    assert code == 1 and "a text to speak needs the task 'tts', but the model was trained on audio, asr" in stderr
 
 
 def test_released_layout_works(tokenizer, tmp_path):
@@ -208,8 +232,9 @@ def test_a_prompt_is_never_replaced(tmp_path):
     ("flags", "message"),
     [
         (("--prompt", "nothing.wav"), "'nothing.wav' does not exist"),
-        (("--prompts", "assets/tiny"), "or set only --prompts"),
-        (("--batch_size", "4"), "--batch_size is 4; set it to 1 or more, and set --prompts"),
+        (("--prompts", "assets/tiny"), "or set one of --prompts, --texts and --transcribe"),
+        (("--texts", "README.md"), "set --prompt, --text or both; or set one of"),
+        (("--batch_size", "4"), "--batch_size is 4; set it to 1 or more, and set --output_dir"),
         (("--stream", "--num_samples", "2"), "--stream supports only one sample of one prompt; remove"),
         (("--model_name", "models/no/such"), "model folder 'models/no/such' does not exist"),
         (("--model_name", "assets/tiny/mimi"), "is of type 'mimi'; choose a model of type llama or csm"),

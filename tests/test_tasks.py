@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from conftest import TINY
 from hypothesis import given, settings
@@ -14,6 +15,8 @@ from test_hierarchical import K, Q, built, in_transformers, run
 from test_order import world_state
 from transformers import LlamaForCausalLM
 
+from llama_mimi.checkpoint.architectures import save_run_record, speech_config
+from llama_mimi.checkpoint.conversion import convert_checkpoint
 from llama_mimi.checkpoint.csm import csm_state
 from llama_mimi.checkpoint.huggingface import hf_config, llama_state
 from llama_mimi.corpora.code_shards import CodedClip
@@ -23,6 +26,7 @@ from llama_mimi.data.dataloader import SpeechDataLoader
 from llama_mimi.data.examples import ExampleBuilder
 from llama_mimi.data.order import ShuffledOrder, Stream
 from llama_mimi.data.packing import BatchPacker
+from llama_mimi.generation.loading import load_speech_model
 from llama_mimi.tokens.tokenizer import IGNORE_INDEX, load_speech_tokenizer
 from llama_mimi.training.loss import LevelMeter, SpeechLoss
 
@@ -180,9 +184,9 @@ def test_losses_are_those_of_transformers(kind):
             unit = packer.add(example, unit, number)
         for sequence in plain_sequences(tokenizer, task, clip, starts_with_text=True):
             for row, loss in losses_in_transformers(model, tokenizer, sequence):
-                loss_sum += float(loss)
+                loss_sum += loss.item()
                 if row >= 0:
-                    wanted[:, number * (Q + 2) + row] += torch.tensor([float(loss), 1.0])
+                    wanted[:, number * (Q + 2) + row] += torch.tensor([loss.item(), 1.0])
     inputs, labels = packer.pop()
     meter = LevelMeter()
     loss = SpeechLoss(tokenizer.vocabulary, meter, [1.0] * (Q + 1), len(TASKS))(run(model, inputs), labels)
@@ -190,6 +194,22 @@ def test_losses_are_those_of_transformers(kind):
     assert loss.item() == pytest.approx(loss_sum, rel=1e-5)
     torch.testing.assert_close(meter.pop()[:2], wanted, rtol=1e-5, atol=1e-5)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_converted_folder_has_the_losses_of_the_model(kind, tmp_path):
+    model, tokenizer = built(**MODELS[kind])
+    config = speech_config(model.model_args, tokenizer, str(TINY / "mimi"), tasks=["audio", "asr"])
+    save_run_record(str(tmp_path / "run"), config, tokenizer)
+    dcp.save(model.state_dict(), checkpoint_id=tmp_path / "run" / "checkpoint" / "step-1", no_dist=True)
+    convert_checkpoint(tmp_path / "run" / "checkpoint", tmp_path / "folder")
+    speech = load_speech_model(str(tmp_path / "folder"), device="cpu")
+    assert speech.tasks == ["audio", "asr"]
+    (sequence,) = plain_sequences(tokenizer, "asr", coded(4, "the doctor"))
+    ids_L, is_target_L = (torch.tensor(column) for column in zip(*sequence, strict=True))
+    (values_L,) = speech.log_likelihoods([ids_L], [is_target_L])
+    wanted = [-loss.item() for _, loss in losses_in_transformers(model, tokenizer, sequence)]
+    assert values_L[is_target_L].tolist() == pytest.approx(wanted, abs=1e-5)
 
 
 class MadeUpReader:

@@ -174,7 +174,7 @@ def baseline(flags: DataFlags, codec: MimiCodec, reader: AudioReader) -> Iterato
 
 def tokenize(flags: DataFlags, corpus: str, folder: Path, numbers: Iterator[int], num_workers: int = 1) -> float:
     """Tokenise a corpus; return the speed from the last progress line, which excludes the start-up."""
-    options = TokenizationOptions(corpus, str(folder / f"codes-{next(numbers)}"), codec=flags.codec)
+    options = TokenizationOptions(corpus=corpus, output_dir=str(folder / f"codes-{next(numbers)}"), codec=flags.codec)
     options.num_workers = num_workers
     options.num_quantizers, options.clips_per_shard = flags.num_quantizers, 10**6
     with contextlib.redirect_stdout(io.StringIO()) as output:

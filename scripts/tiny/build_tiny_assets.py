@@ -233,14 +233,19 @@ def write_syntactic(folder: Path, maker: text.SentenceMaker) -> None:
 
 def write_storycloze(folder: Path, maker: text.SentenceMaker) -> None:
     """Write story pairs (files 2i and 2i + 1): the same opening, and a fitting or unrelated ending; each under 10 s."""
+    rows: list[dict] = []
     for index in range(PAIRS):
         speaker = SPEAKERS[index % len(SPEAKERS)]
         story, *endings = maker.story()
         opening = speak(story, speaker)
-        for offset, (name, ending) in enumerate(zip(("fitting", "unrelated"), endings, strict=True)):
+        for offset, (kind, ending) in enumerate(zip(("fitting", "unrelated"), endings, strict=True)):
             clip = np.concatenate([opening, PAUSE, speak(ending, speaker)])
             # A lower bit rate (about 16 kbit/s), because these clips are the longest.
-            write_opus(folder / f"{2 * index + offset}_{name}.ogg", clip, 0.971)
+            name = f"{2 * index + offset}_{kind}.ogg"
+            write_opus(folder / name, clip, 0.971)
+            seconds = round((len(opening) + len(PAUSE)) / SAMPLE_RATE, 3)
+            rows.append({"file": name, "prompt": story, "ending": ending, "prompt_seconds": seconds})
+    pd.DataFrame(rows).to_csv(folder / "transcripts.csv", index=False)
 
 
 def insert_pause(audio: np.ndarray, sample: int) -> np.ndarray:

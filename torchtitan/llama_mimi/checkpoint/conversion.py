@@ -19,6 +19,7 @@ from llama_mimi.common.command_line import print_next
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import read_json, write_atomically
 from llama_mimi.common.hub import load_pretrained
+from llama_mimi.generation.hierarchical import CsmWithTextHead
 from llama_mimi.tokens.vocabulary import SPECIAL_ROLES, audio_tokenizer, extend_tokenizer
 
 MODEL_CARD = Path(__file__).parent / "templates" / "model_card.md.jinja"
@@ -42,8 +43,9 @@ def convert_checkpoint(checkpoint: Path, output_dir: Path, dtype: Precision = "f
     state = kind.state(load_model_state(step, args, verify), args)
     if hasattr(config, "codec_config"):
         state |= codec_state(config, codec)
+    has_own_head = getattr(config, "text_head", None) == "separate"
     with torch.device("meta"):
-        model = kind.stock_class(config)
+        model = (CsmWithTextHead if has_own_head else kind.stock_class)(config)
     model.load_state_dict({name: weight.to(DTYPES[dtype]) for name, weight in state.items()}, assign=True)
     model.tie_weights()
     model.config.dtype = DTYPES[dtype]

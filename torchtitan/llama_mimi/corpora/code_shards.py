@@ -121,6 +121,8 @@ class CodeCorpus:
             raise UserError(f"{problem} = {self.num_quantizers}; {remedy}")
         remedy = f"use the codec '{made_by['name']}' and the earlier codec.sliding_window, or tokenise the corpus again"
         own = {"sha256": codec_hash(self.codec), "sliding_window": self.sliding_window}
+        if made_by["sliding_window"] == "unknown":  # imported codes
+            del own["sliding_window"]
         require_same({"codec": made_by}, {"codec": own}, what, remedy)
         if self.with_text and "text" not in self.manifest["columns"]:
             raise UserError(f"{what} does not contain text; set data.tasks to ['audio']")

@@ -19,7 +19,7 @@ class DatasetSource(Source):
         self._choose_columns(dataset.column_names, ("audio", "text"))
         if not len(dataset):
             raise UserError(f"the dataset '{name}' has no rows; choose another dataset")
-        if isinstance(dataset.features[wanted.audio], Audio):
+        if isinstance(dataset.features.get(wanted.audio), Audio):
             dataset = dataset.cast_column(wanted.audio, Audio(decode=False))
         self._rows, size = dataset.with_format("arrow"), dataset.data.nbytes // len(dataset)
         self.units = [Unit((b - a) * size, b - a) for a, b in slices(len(dataset))]
@@ -35,7 +35,7 @@ class DatasetSource(Source):
             values = {column: table[column][index].as_py() for column in features}
             values |= {column: names.get(values[column]) for column, names in labels.items()}
             place = f"row {first + start + index} of {self.name}"
-            yield self._row(place, values, values[self._wanted.audio], values.get("id"))
+            yield self._row(place, values, values.get(self._wanted.audio), values.get("id"))
 
 
 def _load(name: str, split: str | None) -> Dataset:

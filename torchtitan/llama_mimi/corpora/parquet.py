@@ -68,7 +68,7 @@ class ParquetSource(Source):
             values = {column: batch.column(column)[index].as_py() for column in self._columns.values()}
         except ValueError as error:
             return {"name": place, "problem": f"its text is not UTF-8 ({first_line(error)})"}
-        return self._row(place, values, values[self._wanted.audio], values.get("id"), folder)
+        return self._row(place, values, values.get(self._wanted.audio), values.get("id"), folder)
 
 
 def _contents(path: str) -> tuple[list[str], list[tuple[int, int]]]:

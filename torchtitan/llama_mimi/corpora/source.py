@@ -49,7 +49,7 @@ class Unit(NamedTuple):
 
 @dataclass(frozen=True)
 class Columns:
-    """Column names for audio, for text (None: text is not read), and for optional roles such as "speaker"."""
+    """Column names for audio ("": not read), for text (None: not read), and for optional roles such as "speaker"."""
 
     audio: str
     text: str | None
@@ -82,7 +82,7 @@ class Source(ABC):
         for role in required:
             if (column := getattr(self._wanted, role)) in columns:
                 self._columns[role] = column
-            elif column is not None:
+            elif column:
                 where, others = place or f"the dataset '{self.name}'", ", ".join(columns) or "none"
                 problem = f"{where} lacks the column '{column}' for the {role} (columns: {others})"
                 raise UserError(f"{problem}; set data.{role}_column (or a script's --{role}_column) to another column")

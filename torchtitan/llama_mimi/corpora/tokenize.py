@@ -1,4 +1,4 @@
-"""Tokenise a corpus into shards of codes, on any number of ranks; a re-run writes the missing shards."""
+"""Tokenise a corpus, or import its codes, into shards on any number of ranks. A re-run writes the missing shards."""
 
 import itertools
 import json
@@ -30,11 +30,16 @@ from llama_mimi.common.errors import UserError
 from llama_mimi.common.resume import require_same
 from llama_mimi.common.versions import versions
 from llama_mimi.corpora import code_shards as shards
-from llama_mimi.corpora.clips import MAX_NAMED_CLIPS, AudioClip, AudioReader, SkippedClip, is_too_many, read_in_workers
+from llama_mimi.corpora.clips import MAX_NAMED_CLIPS, AudioReader, SkippedClip, is_too_many, read_in_workers
 from llama_mimi.corpora.formats import CORPORA, open_source
-from llama_mimi.corpora.options import TokenizationOptions
+from llama_mimi.corpora.options import ImportOptions, TokenizationOptions
 from llama_mimi.corpora.source import Source, Unit
+from llama_mimi.corpora.text_codes import CodesReader
 from llama_mimi.corpora.where import RowFilter
+
+Options = TokenizationOptions | ImportOptions
+Reader = AudioReader | CodesReader
+Codec = MimiCodec | CodesReader  # the reader states the properties of the codec that computed the codes
 
 READER = 3  # version of the rules that skip and filter clips; all shards of a folder must have the same version
 CLIPS_PER_SHARD, MIN_SHARDS = 2048, 64  # defaults: 3 MB per shard for clips of 14 s, and enough shards for many ranks
@@ -71,28 +76,34 @@ class Job:
         return ([*found, end], True) if end in names else (found, False)
 
 
-def tokenize_corpus(options: TokenizationOptions) -> None:
-    """Tokenise a corpus, or write the shards that are missing."""
+def tokenize_corpus(options: Options) -> None:
+    """Tokenise a corpus, import its codes, or write the shards that are missing."""
     corpus, output = os.path.abspath(options.corpus.partition("**")[0]), os.path.abspath(options.output_dir)
     if options.corpus not in CORPORA and os.path.join(output, "").startswith(os.path.join(corpus, "")):
         raise UserError(f"--output_dir '{options.output_dir}' is inside the corpus; choose a folder outside it")
     with distributed_context() as ranks, ExitStack() as resources:
-        row_filter = RowFilter(options.min_seconds, options.max_seconds, options.where)
-        columns = {"text": options.text_column, "speaker": options.speaker_column, **row_filter.columns}
-        source = open_source(options.corpus, options.dataset_path, options.audio_column, None, columns, options.split)
-        if missing := [column for role, column in row_filter.columns.items() if role not in source.columns]:
-            raise UserError(f"'{missing[0]}' in --where is not a column of '{options.corpus}'; correct this name")
-        codec = MimiCodec(
-            options.codec, options.num_quantizers, ranks.device, DTYPES[options.dtype], options.codec_sliding_window
-        )
-        reader = AudioReader(
-            source,
-            sample_rate_hz=codec.sample_rate_hz,
-            frame_size=codec.frame_size,
-            max_frames=whole_frames(options.max_audio_seconds, codec.config, "--max_audio_seconds"),
-            row_filter=row_filter,
-            splits=options.long_recordings == "split",
-        )
+        reader: Reader
+        codec: Codec
+        if isinstance(options, ImportOptions):
+            reader = codec = CodesReader(options)
+        else:
+            row_filter = RowFilter(options.min_seconds, options.max_seconds, options.where)
+            columns = {"text": options.text_column, "speaker": options.speaker_column, **row_filter.columns}
+            place = options.corpus, options.dataset_path
+            source = open_source(*place, options.audio_column, None, columns, options.split)
+            if missing := [column for role, column in row_filter.columns.items() if role not in source.columns]:
+                raise UserError(f"'{missing[0]}' in --where is not a column of '{options.corpus}'; correct this name")
+            dtype, window = DTYPES[options.dtype], options.codec_sliding_window
+            codec = MimiCodec(options.codec, options.num_quantizers, ranks.device, dtype, window)
+            reader = AudioReader(
+                source,
+                sample_rate_hz=codec.sample_rate_hz,
+                frame_size=codec.frame_size,
+                max_frames=whole_frames(options.max_audio_seconds, codec.config, "--max_audio_seconds"),
+                row_filter=row_filter,
+                splits=options.long_recordings == "split",
+            )
+        source = reader.source
         plan, jobs = _plan(options, source, codec), make_jobs(source.units, options.clips_per_shard)
 
         def resume() -> list[Job]:
@@ -113,7 +124,7 @@ def tokenize_corpus(options: TokenizationOptions) -> None:
             _print_next(options, ranks.world_size)
 
 
-def _print_next(options: TokenizationOptions, num_ranks: int) -> None:
+def _print_next(options: Options, num_ranks: int) -> None:
     """Print a command that trains on the shards."""
     is_real = not files.is_synthetic(options.codec)
     print_next(
@@ -130,7 +141,7 @@ def _print_next(options: TokenizationOptions, num_ranks: int) -> None:
     )
 
 
-def _plan(options: TokenizationOptions, source: Source, codec: MimiCodec) -> dict[str, Any]:
+def _plan(options: Options, source: Source, codec: Codec) -> dict[str, Any]:
     """Return all settings that change the shards."""
     optional = [name for name in shards.OPTIONAL_COLUMNS if name in source.columns or name.startswith("audio_")]
     return {
@@ -142,7 +153,7 @@ def _plan(options: TokenizationOptions, source: Source, codec: MimiCodec) -> dic
             "codebook_size": codec.codebook_size,
             "sliding_window": codec.sliding_window,
         },
-        "resampler": RESAMPLER,
+        "resampler": RESAMPLER if isinstance(codec, MimiCodec) else None,
         "reader": READER,
         **{name: value for name, value in vars(options).items() if name not in FREE},
         "columns": ["id", "codes", "duration", "is_cut", *optional],
@@ -190,10 +201,10 @@ class Chunks(IterableDataset):
     job, ``clips`` is empty.
     """
 
-    def __init__(self, reader: AudioReader, jobs: Sequence[Job], rows_per_chunk: int) -> None:
+    def __init__(self, reader: Reader, jobs: Sequence[Job], rows_per_chunk: int) -> None:
         self._reader, self._jobs, self._rows_per_chunk = reader, jobs, rows_per_chunk
 
-    def __iter__(self) -> Iterator[tuple[str | None, int, int, list[AudioClip | SkippedClip]]]:
+    def __iter__(self) -> Iterator[tuple[str | None, int, int, list[Any]]]:
         source, info, size = self._reader.source, get_worker_info(), self._rows_per_chunk
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
         turns: Iterator[bool] = itertools.cycle(number == worker for number in range(num_workers))
@@ -225,15 +236,15 @@ class Chunks(IterableDataset):
 
 
 def write_shards(
-    options: TokenizationOptions,
+    options: Options,
     ranks: DistributedContext,
     todo: Sequence[Job],
-    reader: AudioReader,
-    codec: MimiCodec,
+    reader: Reader,
+    codec: Codec,
     columns: Sequence[str],
 ) -> None:
     """Encode the clips of this rank's jobs and write the shards. Rank 0 prints the progress of all ranks."""
-    splits = options.long_recordings == "split"  # a row may be hours of audio
+    splits = reader.splits  # a row may be hours of audio
     own = sorted(todo, key=lambda job: -job.num_bytes)[ranks.rank :: ranks.world_size]
     chunks = Chunks(reader, own, 1 if splits else ROWS_PER_CHUNK)
     workers = {"num_workers": options.num_workers} | ({"prefetch_factor": 1} if splits and options.num_workers else {})
@@ -244,7 +255,7 @@ def write_shards(
     filtered: Counter[str] = Counter()
     shard_rows = num_read = num_skipped = 0
     for shard, num_rows, num_bytes, audio in read_in_workers(chunks, **workers):
-        clips = shards.encode_clips(codec, audio)
+        clips = shards.encode_clips(codec, audio) if isinstance(codec, MimiCodec) else audio
         skipped = [clip for clip in clips if isinstance(clip, SkippedClip)]
         stored += (coded := [clip for clip in clips if isinstance(clip, shards.CodedClip)])
         filtered.update(clip.reason for clip in skipped if clip.is_filtered)
@@ -274,9 +285,7 @@ def _judge(num_skipped: int, num_read: int, limit: float, last: str, *, is_end: 
         raise UserError(f"{problem} (last clip: {last}); repair or remove these clips, or raise --max_skip_fraction")
 
 
-def write_manifest(
-    options: TokenizationOptions, plan: Mapping[str, Any], units: Sequence[Unit], jobs: Sequence[Job]
-) -> None:
+def write_manifest(options: Options, plan: Mapping[str, Any], units: Sequence[Unit], jobs: Sequence[Job]) -> None:
     """Count or drop duplicates, and write the manifest of the shards."""
     output_dir, found = options.output_dir, files.sizes_in(options.output_dir)
     names = [name for job in jobs for name in job.shards_in(found)[0]]

@@ -85,7 +85,7 @@ def open_streams(job_config: Any, section: Any) -> tuple[list[Stream], list[floa
 
 
 def _open_audio(job_config: Any, section: Any, task: Task) -> tuple[list[Any], list[float]]:
-    """Open the corpora of audio or codes for a task. A task with texts uses only the folders of codes with texts."""
+    """Open the corpora of audio or codes for a task. Folders of codes that lack a needed column are not used."""
     data, codec, names = job_config.data, job_config.codec, dataset_names(section)
     config = load_codec_config(codec.name, codec.num_quantizers)
     max_frames, with_text = whole_frames(data.max_audio_seconds, config), task != "audio"
@@ -93,10 +93,11 @@ def _open_audio(job_config: Any, section: Any, task: Task) -> tuple[list[Any], l
     wanted: dict[str, Any] = {"max_frames": max_frames, "with_text": with_text}
     weights = dict(zip(names, data.weights, strict=True)) if section is job_config.training and data.weights else {}
     if with_text and len(names) > 1:
-        have_text = [name for name in names if "text" in read_manifest(name)["columns"]]
-        if left_out := ", ".join(name for name in names if name not in have_text):
-            logger.info(f"the task '{task}' does not use {left_out}, because these corpora do not contain text")
-        names = have_text or names[:1]  # opening a corpus without text raises an error
+        needed = ["text", "speaker"] if task == "interleaved" else ["text"]
+        usable = [name for name in names if {*needed} <= {*read_manifest(name)["columns"]}]
+        if left_out := ", ".join(name for name in names if name not in usable):
+            logger.info(f"the task '{task}' does not use {left_out}, because these corpora lack {' or '.join(needed)}")
+        names = usable or names[:1]  # opening a corpus without text or speakers raises an error
     readers: list[Any] = []
     for name in names:
         if is_store(name):

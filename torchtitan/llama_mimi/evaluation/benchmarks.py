@@ -2,10 +2,11 @@
 
 import csv
 import hashlib
+import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,9 @@ class Clip:
     name: str
     source: Path | Cell
     split: str | None = None
+    text: str = ""  # transcript, if known; for StoryCloze, the transcript of the ending
+    prompt: str = ""  # for StoryCloze, the transcript before the ending
+    prompt_seconds: float = math.nan  # for StoryCloze, time at which the ending begins, if known
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,8 @@ def read_salmon(source: str) -> Benchmark:
             if not negatives:
                 problem = f"'{positive.source}' is the only file with its index"
                 raise UserError(f"{problem}; add another file with this index, or remove the file")
-        speakers = _speakers(folder / "speakers.csv", samples)
+        rows = _rows_by_key(folder / "speakers.csv", "index", ("speaker",), map(str, samples))
+        speakers = {index: row["speaker"] for index, row in rows.items()}
         benchmark.pairs.extend(
             Pair(folder.name, str(index), clip.name, positive, clip, speaker=speakers.get(str(index), ""))
             for index, (positive, *negatives) in samples.items()
@@ -135,17 +140,17 @@ def read_salmon(source: str) -> Benchmark:
     return _not_empty(benchmark, source, "Parquet files or <part>/sample_<index>_<k>.wav files")
 
 
-def _speakers(path: Path, indices: Collection[int]) -> dict[str, str]:
-    """Return the speaker of each index of a SALMon part; the dict is empty if the file does not exist."""
+def _rows_by_key(path: Path, key: str, values: Sequence[str], names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Return the row of each audio file in a table, by the column ``key``; {} if the table does not exist."""
     if not path.is_file():
         return {}
     rows = _csv_rows(path)
-    listed = Counter(row["index"] for row in rows if row.get("index") and row.get("speaker") and None not in row)
-    expected = Counter(map(str, indices))
+    listed = Counter(row[key] for row in rows if None not in row and all(row.get(name) for name in (key, *values)))
+    expected = Counter(names)
     if odd := (listed - expected) | (expected - listed):
-        problem = f"index '{min(odd)}' must have audio files, and one row with its speaker in '{path}'"
+        problem = f"{key} '{min(odd)}' must have audio, and one row with its {' and '.join(values)} in '{path}'"
         raise UserError(f"{problem}; correct the table, or remove the table")
-    return {row["index"]: row["speaker"] for row in rows}
+    return {row[key]: row for row in rows}
 
 
 def read_slm21(source: str) -> Benchmark:
@@ -153,7 +158,8 @@ def read_slm21(source: str) -> Benchmark:
 
     The two rows of a lexical pair have the same id and voice; the group's name is the id. Two consecutive rows are a
     syntactic pair; the group's name consists of type, subtype and id. A test split without ``gold.csv`` is scored only
-    for the submission.
+    for the submission. The transcript of a clip is in the column ``word`` or ``transcription``, as in the official
+    tools (zerospeech/zerospeech2021 and zerospeech/benchmarks). The tools allow non-words without a spelling.
     """
     benchmark = _read_tables(source, ("positive", "negative"), SLM21_TABLES)
     names = {folder.name for folder in _folders(Path(source))}
@@ -226,9 +232,12 @@ def _gold_pairs(gold: Path, part: str, pair_columns: Sequence[str], files: Mappi
             raise UserError(f"{problem}, and exactly one row must have 'correct' = 1; download the file again")
         wrong, right = sorted(pair, key=lambda row: row["correct"])
         group = right["id"] if pair_columns else "_".join(right.get(key, "") for key in ("type", "subtype", "id"))
-        clips = files[right["filename"]], files[wrong["filename"]]
+        positive, negative = (
+            replace(files[row["filename"]], text=row.get("transcription", row.get("word", "")))
+            for row in (right, wrong)
+        )
         labels = {key: label for key, label in _labels(right).items() if key not in pair_columns}
-        yield Pair(part.format_map(right), f"{right['id']}_{right['voice']}", group, *clips, labels)
+        yield Pair(part.format_map(right), f"{right['id']}_{right['voice']}", group, positive, negative, labels)
 
 
 def _csv_rows(path: Path) -> list[dict[str, str]]:
@@ -252,7 +261,8 @@ def _labels(row: Mapping[str, Any]) -> dict[str, str]:
 def read_storycloze(source: str) -> Benchmark:
     """Read StoryCloze: tables, or numbered files. Two consecutive files are a pair (positive, negative).
 
-    If the files are in subfolders, such as sStoryCloze and tStoryCloze, each subfolder is a part.
+    If the files are in subfolders, such as sStoryCloze and tStoryCloze, each subfolder is a part. A folder may contain
+    ``transcripts.csv``, a format of this project (columns file, prompt, ending and, if known, prompt_seconds).
     """
     benchmark = _read_tables(source, ("positive", "negative"), STORYCLOZE_TABLES)
     root = Path(source)
@@ -265,14 +275,25 @@ def read_storycloze(source: str) -> Benchmark:
         if len(files) % 2:
             problem = f"'{folder}' has an odd number of files (last: '{files[-1][1].name}')"
             raise UserError(f"{problem}; download the folder again")
+        rows = _rows_by_key(folder / "transcripts.csv", "file", ("prompt", "ending"), [path.name for _, path in files])
         gaps = []
         for ((i,), a), ((j,), b) in zip(files[::2], files[1::2], strict=True):
-            benchmark.pairs.append(Pair(folder.resolve().name, a.stem, a.stem, Clip(a.name, a), Clip(b.name, b)))
+            benchmark.pairs.append(
+                Pair(folder.resolve().name, a.stem, a.stem, _story_clip(a, rows), _story_clip(b, rows))
+            )
             gaps += [f"'{a.name}' and '{b.name}'"] if j != i + 1 else []
         if gaps:
             gap = f"{len(gaps):,} of {len(files) // 2:,} pairs do not have consecutive numbers, such as {gaps[0]}"
             benchmark.notes.append(f"'{folder}': {gap}; check that no file is missing")
     return _not_empty(benchmark, source, "Parquet files or <number>_*.wav files")
+
+
+def _story_clip(path: Path, rows: Mapping[str, Mapping[str, str]]) -> Clip:
+    """Return a clip with its transcript, if ``rows`` contains the transcript."""
+    row = rows.get(path.name, {})
+    seconds = row.get("prompt_seconds") or ""
+    prompt_seconds = float(seconds) if re.fullmatch(r"\d+(\.\d+)?", seconds) else math.nan
+    return Clip(path.name, path, None, row.get("ending", ""), row.get("prompt", ""), prompt_seconds)
 
 
 def _folders(root: Path) -> list[Path]:

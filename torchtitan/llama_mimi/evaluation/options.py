@@ -13,7 +13,9 @@ Likelihood = Literal["softmax", "grammar"]
 MAX_AUDIO_SECONDS = 20.0  # maximum length of the paper's training clips
 PRIMARY = "primary"  # name of the preset's scoring rule, which decides the accuracy of a benchmark
 PROMPT_RULES = ("after_prompt", "normalised")  # only for benchmarks in which both clips of a pair have the same prompt
-FURTHER_RULES = ("level_0", "all_levels", *PROMPT_RULES)
+# Only for benchmarks with transcripts and models trained on text: the whole clip, its prompt or its ending is text.
+TEXT_RULES = ("text", "text_prompt", "text_ending")
+FURTHER_RULES = ("level_0", "all_levels", *PROMPT_RULES, *TEXT_RULES)
 
 
 @dataclass(frozen=True)

@@ -55,18 +55,20 @@ def results(
     for index, pair in enumerate(benchmark.pairs):
         both = slice(2 * index, 2 * index + 2)
         positive, negative = scores[both]
-        rules = {rule: decision(positive[rule], negative[rule]) for rule in positive}
+        rules = {rule: decision(positive[rule], negative[rule]) for rule in positive if rule in negative}
         entry = vars(pair) | {"positive": pair.positive.name, "negative": pair.negative.name} | rules.pop(PRIMARY)
         entry |= {"is_cut": any(clip.is_cut for clip in clips[both]), "rules": rules}
         if (prompt := prompts[2 * index]) is not None:
-            shortest = min(len(clip.codes_TQ) for clip in clips[both])
-            entry |= {"prompt_frames": prompt, "rest_frames": shortest - prompt}
+            entry["prompt_frames"] = prompt
         pairs.append(entry)
     report = accuracies(pairs)
     if mean_of:
         report["missing_parts"] = [part for part in mean_of if part not in report["parts"]]
-    rules = pairs[0]["rules"] if pairs else {}
-    report["rules"] = {rule: accuracies([pair | pair["rules"][rule] for pair in pairs]) for rule in rules}
+    by_rule: dict[str, list[Result]] = defaultdict(list)
+    for entry in pairs:
+        for rule, decided in entry["rules"].items():
+            by_rule[rule].append(entry | decided)
+    report["rules"] = {rule: accuracies(decided) for rule, decided in by_rule.items()}
     return report | {"unpaired_clips": len(benchmark.unpaired), "notes": benchmark.notes, "pairs": pairs}
 
 
@@ -143,11 +145,8 @@ def summary(report: Result) -> list[str]:
         shown_parts = "; ".join(f"{part}: {shown(result)}" for part, result in accuracies.items())
         lines.append(f"rule {rule.replace('_', ' ')}: {shown_parts}")
     if prompts := [pair["prompt_frames"] for pair in report["pairs"] if "prompt_frames" in pair]:
-        one_frame = sum(pair["rest_frames"] == 1 for pair in report["pairs"])
-        lines.append(
-            f"prompt of a pair: {statistics.median(prompts):g} frames (median); {prompts.count(0):,} pairs without a "
-            f"prompt are scored whole; in {one_frame:,} pairs, only one frame of a clip follows the prompt"
-        )
+        length = f"{statistics.median(prompts):g} frames (median)"
+        lines.append(f"prompt of a pair: {length}; {prompts.count(0):,} pairs without a prompt are scored whole")
     return lines
 
 

@@ -12,24 +12,33 @@ further rules are:
 The last two rules follow arXiv 2601.06329, which localises and normalises token perplexity. Summaries of the paper say
 that it scores the first 0.5 s after the common prefix (the paper's text was not available). Here, all later frames and
 ``</audio>`` are scored.
+
+For a model that was trained on text, `TEXT_RULES` score transcripts:
+
+- "text": the mean log-likelihood of the transcript and of EOS in the sequence ``BOS text EOS``.
+- "text_prompt", "text_ending": the prompt or the ending of a story is text, and the rest is speech, as in cross-modal
+  StoryCloze of slp-rl/slamkit. The sequence is that of interleaved utterances (see `tokens.tokenizer`). The score is
+  the mean log-likelihood of the ending: the tokens of the primary rule, or the text and the newline after the text.
 """
 
 import hashlib
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 
 from llama_mimi.common.batching import bucket_by_length
 from llama_mimi.common.distributed import DistributedContext
-from llama_mimi.common.errors import UserError
 from llama_mimi.common.resume import ProgressLog, map_resumable
 from llama_mimi.corpora.code_shards import CodedClip
-from llama_mimi.evaluation.options import PRIMARY, PROMPT_RULES, Scoring
+from llama_mimi.evaluation.benchmarks import Clip
+from llama_mimi.evaluation.options import PRIMARY, PROMPT_RULES, TEXT_RULES, Scoring
 from llama_mimi.generation.speech_model import SpeechModel
 from llama_mimi.tokens.tokenizer import SpeechTokenizer
+
+TextSequences = dict[str, tuple[torch.Tensor, torch.Tensor]]  # by rule: ids (L,), and mask (L,) of the scored tokens
 
 
 def shared_prompt(first_TQ: np.ndarray, second_TQ: np.ndarray) -> int:
@@ -74,17 +83,12 @@ def score_clips(
     rests = [(rest(clip, prompt), 0) for clip, prompt in wholes.values() if prompt]
     batches = []
     for unique in (wholes, {key(*item): item for item in rests if key(*item) not in wholes}):
-        order = sorted(unique)  # batches depend only on the codes, so a resumed run has the same batches
-        plan = bucket_by_length([unique[name][0].codes_TQ.size for name in order], batch_tokens)
-        plan.reverse()  # if memory is too small, the first batch fails
-        batches += [{order[i]: unique[order[i]] for i in batch} for batch in plan]
+        batches += _batches(unique, lambda item: item[0].codes_TQ.size, batch_tokens)
 
     def work(batch: Mapping[str, tuple[CodedClip, int]]) -> Iterator[tuple[str, dict[str, float]]]:
         some = [(torch.from_numpy(clip.codes_TQ.astype(np.int64)), clip.is_cut) for clip, _ in batch.values()]
         scores = batch_scores(model, some, scoring, [prompt for _, prompt in batch.values()])
-        if not all(math.isfinite(score) for of_clip in scores for score in of_clip.values()):
-            problem = f"a score is not finite: the model overflows in {model.decoder.dtype}"
-            raise UserError(f"{problem}; set --dtype float32, or use another checkpoint")
+        model.require_finite(torch.tensor([score for of_clip in scores for score in of_clip.values()]).isfinite().all())
         yield from zip(batch, scores, strict=True)
 
     done = map_resumable(batches, work, log, ranks, unit="clip")
@@ -96,6 +100,63 @@ def score_clips(
             without_prompt = done[key(rest(codes[name], prompt), 0)][PRIMARY] if prompt else 0.0
             scores = scores | dict(zip(PROMPT_RULES, (after, after - without_prompt), strict=True))
         found.append(scores)
+    return found
+
+
+def _batches(items: Mapping[str, Any], length: Callable[[Any], int], batch_tokens: int) -> list[dict[str, Any]]:
+    """Divide items into batches. The batches do not depend on the order of ``items``, so a restart repeats them."""
+    order = sorted(items)
+    plan = bucket_by_length([length(items[name]) for name in order], batch_tokens)
+    return [{order[i]: items[order[i]] for i in batch} for batch in reversed(plan)]  # first the largest memory
+
+
+def score_texts(
+    model: SpeechModel, texts: Sequence[TextSequences], batch_tokens: int, log: ProgressLog, ranks: DistributedContext
+) -> list[dict[str, float]]:
+    """Return the scores of each clip's `text_sequences` by rule, in nats per token; for arguments see `score_clips`."""
+
+    def key(ids_L: torch.Tensor, is_scored_L: torch.Tensor) -> str:
+        return hashlib.sha256(ids_L.numpy().tobytes() + is_scored_L.numpy().tobytes()).hexdigest()
+
+    def work(batch: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> Iterator[tuple[str, float]]:
+        ids, masks = zip(*batch.values(), strict=True)
+        values = model.log_likelihoods(ids, masks)
+        scores = [float(values_L[mask_L].mean()) for values_L, mask_L in zip(values, masks, strict=True)]
+        model.require_finite(torch.tensor(scores).isfinite().all())
+        yield from zip(batch, scores, strict=True)
+
+    unique = {key(*sequence): sequence for of_clip in texts for sequence in of_clip.values()}
+    batches = _batches(unique, lambda sequence: len(sequence[0]), batch_tokens)
+    done = map_resumable(batches, work, log, ranks, unit="text")
+    return [{rule: done[key(*sequence)] for rule, sequence in of_clip.items()} for of_clip in texts]
+
+
+def text_rules(model: SpeechModel, scoring: Scoring) -> Sequence[str]:
+    """Return the rules of `TEXT_RULES` that apply to a model and a preset. All of them use the whole vocabulary."""
+    if scoring.as_released or scoring.likelihood != "softmax":
+        return ()
+    return TEXT_RULES if "interleaved" in model.tasks else TEXT_RULES[:1] if "text" in model.tasks else ()
+
+
+def text_sequences(
+    model: SpeechModel, clip: Clip, coded: CodedClip, scoring: Scoring, rules: Sequence[str]
+) -> TextSequences:
+    """Return the sequences of a clip by rule, as far as the transcript and the time of the ending are known.
+
+    The codes of an ending are the last codes of the whole clip, so these codes also depend on the spoken prompt.
+    """
+    if not clip.text:
+        return {}
+    tokenizer, frames = model.tokenizer, clip.prompt_seconds * model.codec.frame_rate_hz
+    eos = torch.tensor([tokenizer.text_tokenizer.eos_token_id])
+    ids_L = torch.cat([tokenizer.ids(f"{clip.prompt} {clip.text}".strip()), eos])
+    found = {"text": (ids_L, torch.arange(len(ids_L)) > 0)}
+    if "text_prompt" in rules and 1 <= frames < len(coded.codes_TQ):  # False if the ending was cut
+        codes_TQ, frames = torch.from_numpy(coded.codes_TQ.astype(np.int64)), int(frames)
+        ids_L = tokenizer.ids(clip.prompt, "\n", codes_TQ[frames:])[: -1 if coded.is_cut else None]
+        found["text_prompt"] = ids_L, scored_tokens(tokenizer, ids_L, scoring)
+        ids_L = tokenizer.ids(codes_TQ[:frames], "\n", clip.text, "\n")
+        found["text_ending"] = ids_L, torch.arange(len(ids_L)) >= len(tokenizer.ids(codes_TQ[:frames], "\n"))
     return found
 
 

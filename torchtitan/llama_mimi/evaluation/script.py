@@ -17,8 +17,8 @@ from llama_mimi.common.resume import ProgressLog
 from llama_mimi.common.versions import versions
 from llama_mimi.evaluation import benchmarks, results
 from llama_mimi.evaluation.codes import encode_clips
-from llama_mimi.evaluation.options import PRIMARY, EvaluationOptions, model_folder
-from llama_mimi.evaluation.scoring import score_clips, shared_prompt
+from llama_mimi.evaluation.options import PRIMARY, TEXT_RULES, EvaluationOptions, model_folder
+from llama_mimi.evaluation.scoring import score_clips, score_texts, shared_prompt, text_rules, text_sequences
 from llama_mimi.generation.loading import load_speech_model
 
 BATCH_TOKENS = (4096, 32768)  # on a CPU, on a GPU
@@ -34,6 +34,7 @@ class BenchmarkScript:
     levels: tuple[int, ...] | None  # quantizer levels that both presets score; None means all
     mean_of: Sequence[str] = ()  # parts whose mean is reported
     has_prompts: bool = False  # True if the clips of a pair begin with the same speech; scores `PROMPT_RULES`
+    text_rules: Sequence[str] = ()  # rules of `TEXT_RULES` that apply if transcripts are known
     following: tuple[str, str] | None = None  # the next benchmark, and the usual name of its folder
 
     def result_path(self, options: EvaluationOptions) -> Path:
@@ -99,6 +100,15 @@ class BenchmarkScript:
         log = ProgressLog(path.with_suffix(".partial"), log_key)
         names = list(zip(audio_ids, prompts, strict=True))
         scores = score_clips(model, codes, names, scoring, batch_tokens, log, ranks)
+        rules = [rule for rule in text_rules(model, scoring) if rule in self.text_rules]
+        if rules:
+            sequences = [text_sequences(model, *both, scoring, rules) for both in zip(clips, coded, strict=True)]
+            texts = score_texts(model, sequences, batch_tokens, log, ranks)
+            scores = [of_clip | of_text for of_clip, of_text in zip(scores, texts, strict=True)]
+        for rule in rules:
+            if missing := sum(rule not in of_clip for of_clip in scores):
+                problem = f"{missing:,} of {len(clips):,} clips lack a transcript, or the time of the ending"
+                benchmark.notes.append(f"rule {rule.replace('_', ' ')}: {problem} (see eval/README.md)")
         if ranks.rank > 0:
             return
         codes_of_clips = (clip.codes_TQ.astype("int32").tobytes() for clip in coded)
@@ -143,8 +153,10 @@ SALMON = BenchmarkScript(
     has_prompts=True,
     following=("sLM21", "sLM21"),
 )
-SLM21 = BenchmarkScript("sLM21", "speed", benchmarks.read_slm21, levels=(0,), following=("sStoryCloze", "storycloze"))
-STORYCLOZE = BenchmarkScript("sStoryCloze", "speed", benchmarks.read_storycloze, levels=(0,))
+SLM21 = BenchmarkScript(
+    "sLM21", "speed", benchmarks.read_slm21, (0,), text_rules=("text",), following=("sStoryCloze", "storycloze")
+)
+STORYCLOZE = BenchmarkScript("sStoryCloze", "speed", benchmarks.read_storycloze, levels=(0,), text_rules=TEXT_RULES)
 # The benchmark accepts any score. The entries of its leaderboard score semantic tokens only, such as level 0 here.
 PROSAUDIT = BenchmarkScript("prosaudit", None, benchmarks.read_prosaudit, levels=(0,))
 BENCHMARK_SCRIPTS = {script.name: script for script in (SALMON, SLM21, STORYCLOZE, PROSAUDIT)}

@@ -9,9 +9,6 @@ import torch
 
 from llama_mimi.common.errors import UserError
 from llama_mimi.generation.speech_model import SpeechModel
-from llama_mimi.tokens.vocabulary import has_text
-
-MIN_CAPACITY = 256  # capacities are this number times a power of two, so that most caches have the same size
 
 
 @dataclass(frozen=True)
@@ -74,9 +71,7 @@ def decode(model: SpeechModel, requests: Sequence[Request], sampling: Sampling, 
     if not requests:
         return iter(())
     if any(request.text is not None for request in requests):
-        task = getattr(model.decoder.config, "task", "tts")  # a released checkpoint has no task
-        if task != "tts" or not has_text(model.tokenizer.text_tokenizer):
-            raise UserError("--text is set, but the model was trained without text; train a model with --data.task tts")
+        model.require_task("tts", "a text to speak")
     window = min(sampling.window_frames, sampling.max_frames + max(len(request.prompt_TQ) for request in requests))
     longest_prefix = max(len(model.tokenizer.prefix_ids(request.text)) for request in requests)
     capacity = longest_prefix + window * model.tokenizer.positions_per_frame
@@ -86,15 +81,13 @@ def decode(model: SpeechModel, requests: Sequence[Request], sampling: Sampling, 
         raise UserError(f"{problem}, more than the model's context of {context:,}; reduce --window_seconds")
     if model.device.type == "cpu":
         num_rows = min(num_rows, len(requests))  # on a GPU, each number of rows needs a separate CUDA graph
-    size = (num_rows, min(max(MIN_CAPACITY, 1 << (capacity - 1).bit_length()), context))
-    return _decode(model, requests, replace(sampling, window_frames=window), size)
+    return _decode(model, requests, replace(sampling, window_frames=window), num_rows, capacity)
 
 
 @torch.inference_mode()
-def _decode(model: SpeechModel, requests: Sequence[Request], sampling: Sampling, size: tuple[int, int]) -> Drawn:
-    caches = model.spare_caches.pop(size, None) or model.caches(*size)
-    contexts, Q, window = caches[0], model.codec.num_quantizers, sampling.window_frames
-    rows: list[_Row | None] = [None] * size[0]
+def _decode(model: SpeechModel, requests: Sequence[Request], sampling: Sampling, num_rows: int, capacity: int) -> Drawn:
+    Q, window = model.codec.num_quantizers, sampling.window_frames
+    rows: list[_Row | None] = [None] * num_rows
     waiting = deque(enumerate(requests))
     is_finite = torch.tensor(True)  # set by `draw` at level 0
 
@@ -106,41 +99,39 @@ def _decode(model: SpeechModel, requests: Sequence[Request], sampling: Sampling,
             logits_BK[:, -1].masked_fill_(~may_end_B, -torch.inf)
         return draw_entries(logits_BK, sampling, uniform_BQ[:, level])
 
-    for place in range(len(rows)):
-        contexts.reset(place)
-    while waiting or any(rows):
-        inputs = {}
-        for place, row in enumerate(rows):
-            if is_new := row is None and bool(waiting):
-                rows[place] = row = _Row(*waiting.popleft())
-            if row is not None and (is_new or len(row.context) == window):
-                prompt_TQ = row.request.prompt_TQ
-                if len(row.context) >= window:
-                    row.context = [*prompt_TQ[: window // 4], *row.context[-(window // 2) :]]
-                frames_TQ = torch.stack(row.context) if row.context else prompt_TQ
-                inputs[place] = model.embed(model.tokenizer.prefix_ids(row.request.text), frames_TQ)
-        contexts.prefill(inputs)
-        uniform_BQ = torch.stack([torch.rand(Q, generator=row.generator) if row else torch.zeros(Q) for row in rows])
-        may_end_B = torch.tensor([row is None or row.num_new >= sampling.min_frames for row in rows])
-        uniform_BQ, may_end_B = uniform_BQ.to(model.device), may_end_B.to(model.device)
-        entries_BQ = model.next_frame(caches, draw).cpu()  # the loop waits for the device once per frame
-        if not is_finite:
-            remedy = "set --dtype float32, or use another checkpoint"
-            raise UserError(f"logits are not finite: the model overflows in {model.dtype}; {remedy}")
-        for place, (row, entries_Q) in enumerate(zip(rows, entries_BQ, strict=True)):
-            if row is None:
-                continue
-            is_end = entries_Q[0] == model.end_entry
-            if not is_end:
-                row.context.append(entries_Q)
-                row.num_new += 1
-                yield row.number, entries_Q
-            if is_end or row.num_new == sampling.max_frames:
-                yield row.number, FinishReason.EOS if is_end else FinishReason.LENGTH
-                rows[place] = None
-                contexts.reset(place)
-    model.spare_caches.clear()
-    model.spare_caches[size] = caches
+    with model.borrow_caches(num_rows, capacity) as caches:
+        contexts = caches[0]
+        while waiting or any(rows):
+            inputs = {}
+            for place, row in enumerate(rows):
+                if is_new := row is None and bool(waiting):
+                    rows[place] = row = _Row(*waiting.popleft())
+                if row is not None and (is_new or len(row.context) == window):
+                    prompt_TQ = row.request.prompt_TQ
+                    if len(row.context) >= window:
+                        row.context = [*prompt_TQ[: window // 4], *row.context[-(window // 2) :]]
+                    frames_TQ = torch.stack(row.context) if row.context else prompt_TQ
+                    inputs[place] = model.embed(model.tokenizer.encode(frames_TQ, is_cut=True, text=row.request.text))
+            contexts.prefill(inputs)
+            uniform_BQ = torch.stack(
+                [torch.rand(Q, generator=row.generator) if row else torch.zeros(Q) for row in rows]
+            )
+            may_end_B = torch.tensor([row is None or row.num_new >= sampling.min_frames for row in rows])
+            uniform_BQ, may_end_B = uniform_BQ.to(model.device), may_end_B.to(model.device)
+            entries_BQ = model.next_frame(caches, draw).cpu()  # the loop waits for the device once per frame
+            model.require_finite(is_finite)
+            for place, (row, entries_Q) in enumerate(zip(rows, entries_BQ, strict=True)):
+                if row is None:
+                    continue
+                is_end = entries_Q[0] == model.end_entry
+                if not is_end:
+                    row.context.append(entries_Q)
+                    row.num_new += 1
+                    yield row.number, entries_Q
+                if is_end or row.num_new == sampling.max_frames:
+                    yield row.number, FinishReason.EOS if is_end else FinishReason.LENGTH
+                    rows[place] = None
+                    contexts.reset(place)
 
 
 def draw_entries(logits_BK: torch.Tensor, sampling: Sampling, uniform_B: torch.Tensor) -> torch.Tensor:

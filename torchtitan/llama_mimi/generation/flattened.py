@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from llama_mimi.generation.kv_cache import BatchedKVCache, product
-from llama_mimi.generation.speech_model import POSITIONS_AT_ONCE, Draw, SpeechModel, log_likelihoods
+from llama_mimi.generation.speech_model import Draw, SpeechModel, log_likelihoods
 
 
 class FlattenedModel(SpeechModel):
@@ -19,8 +19,11 @@ class FlattenedModel(SpeechModel):
     def backbone(self) -> PreTrainedModel:
         return self.decoder.model
 
-    def embed(self, prefix: Sequence[int] | torch.Tensor, codes_TQ: torch.Tensor) -> torch.Tensor:
-        ids_L = torch.cat([torch.as_tensor(prefix), self.tokenizer.vocabulary.ids_from_codes(codes_TQ)])
+    @property
+    def output_VD(self) -> torch.Tensor:
+        return self.decoder.lm_head.weight
+
+    def embed(self, ids_L: torch.Tensor) -> torch.Tensor:
         return self.backbone.embed_tokens(ids_L.to(self.device))
 
     @torch.inference_mode()
@@ -30,7 +33,7 @@ class FlattenedModel(SpeechModel):
         ids_BL = pad_sequence(list(ids), batch_first=True).to(self.device)  # right padding has no effect
         hidden_BLD = self.backbone(ids_BL[:, :-1], use_cache=False).last_hidden_state
         values_BL = torch.full(ids_BL.shape, torch.nan, dtype=torch.float64, device=self.device)
-        of_targets = self._admissible_log_likelihoods if is_admissible_only else self._log_likelihoods
+        of_targets = self._admissible_log_likelihoods if is_admissible_only else self._vocabulary_log_likelihoods
         for masks in is_scored:
             # Compute logits of scored positions only; the logits of a whole batch would not fit into memory.
             is_target_BL = pad_sequence(list(masks), batch_first=True).to(self.device)[:, 1:]
@@ -39,13 +42,11 @@ class FlattenedModel(SpeechModel):
                 values_BL[:, 1:][is_target_BL] = of_targets(hidden_BLD[is_target_BL], targets_N)
         return [values_L[: len(ids_L)] for values_L, ids_L in zip(values_BL.cpu(), ids, strict=True)]
 
-    def _log_likelihoods(self, hidden_ND: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-        chunks = zip(hidden_ND.split(POSITIONS_AT_ONCE), targets_N.split(POSITIONS_AT_ONCE), strict=True)
-        return torch.cat([log_likelihoods(self.decoder.lm_head(h_ND), t_N) for h_ND, t_N in chunks])
-
     def _admissible_log_likelihoods(self, hidden_ND: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
         vocabulary = self.tokenizer.vocabulary
-        level_N = vocabulary.level(targets_N) * vocabulary.is_audio(targets_N)
+        is_code_N = vocabulary.is_audio(targets_N)
+        assert (is_code_N | (targets_N == vocabulary.audio_end_id)).all(), "text is scored over the whole vocabulary"
+        level_N = vocabulary.level(targets_N) * is_code_N
         values_N = torch.empty(len(targets_N), dtype=torch.float64, device=self.device)
         for level, rows_KD in enumerate(self.output_rows):
             of_level_N = level_N == level

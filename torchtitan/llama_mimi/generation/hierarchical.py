@@ -4,11 +4,25 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel
+from transformers import CsmConfig, CsmForConditionalGeneration, PreTrainedModel
 
+from llama_mimi.common.errors import UserError
 from llama_mimi.generation.kv_cache import BatchedKVCache, product
 from llama_mimi.generation.speech_model import POSITIONS_AT_ONCE, Draw, SpeechModel, log_likelihoods
+
+
+class CsmWithTextHead(CsmForConditionalGeneration):
+    """A CSM with an output matrix over the whole vocabulary that is separate from the text embeddings.
+
+    The config of such a folder has ``text_head = "separate"``. Stock CSM ignores the tensor ``text_head.weight``.
+    """
+
+    def __init__(self, config: CsmConfig) -> None:
+        super().__init__(config)
+        self.text_head = nn.Linear(config.hidden_size, config.text_vocab_size, bias=False)
+        self.post_init()
 
 
 class HierarchicalModel(SpeechModel):
@@ -18,41 +32,65 @@ class HierarchicalModel(SpeechModel):
     def backbone(self) -> PreTrainedModel:
         return self.decoder.backbone_model
 
-    def embed(self, prefix: Sequence[int] | torch.Tensor, codes_TQ: torch.Tensor) -> torch.Tensor:
-        text_LD = self.decoder.embed_text_tokens(torch.as_tensor(prefix).to(self.device))
-        return torch.cat([text_LD, self.backbone.embed_tokens(codes_TQ[None].to(self.device))[0]])
+    @property
+    def output_VD(self) -> torch.Tensor:
+        csm, kind = self.decoder, getattr(self.decoder.config, "text_head", None)
+        if kind is None:
+            problem = "the config of the model lacks text_head, so the model cannot predict text"
+            raise UserError(f"{problem}; add a task such as 'asr' to data.tasks and train a model")
+        return csm.embed_text_tokens.weight if kind == "tied" else csm.text_head.weight
+
+    def _positions(self, ids_L: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the P positions of flattened ids. A frame is one position, and so is any other token.
+
+        Returns:
+            First id (P,) of each position; entries (P, Q): codes of frames, K at other positions; mask (P,) of
+            positions with text embeddings: text tokens, BOS, EOS, <audio>; position (L,) and level (L,) of each token.
+        """
+        vocabulary = self.tokenizer.vocabulary
+        level_L = vocabulary.level(ids_L) * vocabulary.is_audio(ids_L)
+        place_L = (level_L == 0).cumsum(0) - 1
+        ids_P = ids_L[level_L == 0]
+        entries_PQ = torch.full((len(ids_P), self.codec.num_quantizers), self.end_entry)
+        entries_PQ[place_L, level_L] = vocabulary.entries(ids_L)
+        is_text_P = ~vocabulary.is_audio(ids_P) & (ids_P != vocabulary.audio_end_id)
+        return ids_P, entries_PQ, is_text_P, place_L, level_L
+
+    def embed(self, ids_L: torch.Tensor) -> torch.Tensor:
+        ids_P, entries_PQ, is_text_P, *_ = (values.to(self.device) for values in self._positions(ids_L))
+        frames_PD = self.backbone.embed_tokens(entries_PQ[None])[0]
+        return torch.where(is_text_P[:, None], self.decoder.embed_text_tokens(ids_P), frames_PD)
 
     @torch.inference_mode()
     def log_likelihoods(
         self, ids: Sequence[torch.Tensor], *is_scored: Sequence[torch.Tensor], is_admissible_only: bool = False
     ) -> list[torch.Tensor]:
-        vocabulary, Q = self.tokenizer.vocabulary, self.codec.num_quantizers
-        firsts = [int((ids_L == vocabulary.audio_start_id).nonzero()[0]) + 1 for ids_L in ids]
-
-        def by_frame(values: Sequence[torch.Tensor], fill: int) -> list[torch.Tensor]:
-            """Return values (L,) as (T, Q). The end of the speech is a frame of which only level 0 can be scored."""
-            audio = [values_L[first:] for values_L, first in zip(values, firsts, strict=True)]
-            return [F.pad(audio_L, (0, -len(audio_L) % Q), value=fill).view(-1, Q) for audio_L in audio]
-
-        entries = by_frame([vocabulary.entries(ids_L) for ids_L in ids], self.end_entry)
-        clips = list(zip(ids, firsts, entries, strict=True))
-        embedded = [self.embed(ids_L[:first], entries_TQ) for ids_L, first, entries_TQ in clips]
-        padded_BLD = pad_sequence(embedded, batch_first=True)  # right padding has no effect
-        hidden_BLD = self.backbone(inputs_embeds=padded_BLD, use_cache=False).last_hidden_state
-        places = [slice(first - 1, first - 1 + len(entries_TQ)) for _, first, entries_TQ in clips]
-        hidden_ND = torch.cat([hidden_LD[place] for hidden_LD, place in zip(hidden_BLD, places, strict=True)])
-        targets_NQ = torch.cat(entries)
-        values_NQ = torch.full(targets_NQ.shape, torch.nan, dtype=torch.float64)
+        Q = self.codec.num_quantizers
+        embedded = [self.embed(ids_L) for ids_L in ids]
+        padded_BPD = pad_sequence(embedded, batch_first=True)  # right padding has no effect
+        hidden_BPD = self.backbone(inputs_embeds=padded_BPD, use_cache=False).last_hidden_state
+        before_BPD = F.pad(hidden_BPD, (0, 0, 1, -1))  # the hidden state that predicts each position
+        # N: positions of all sequences.
+        hidden_ND = torch.cat([state_PD[: len(own_PD)] for state_PD, own_PD in zip(before_BPD, embedded, strict=True)])
+        ids_N, entries_NQ, is_text_N, place_L, level_L = self._positions(torch.cat(list(ids)))
+        values_NQ = torch.full(entries_NQ.shape, torch.nan, dtype=torch.float64)
         for masks in is_scored:
-            assert not any(mask_L[:first].any() for mask_L, first in zip(masks, firsts, strict=True)), "not predicted"
-            is_target_NQ = torch.cat(by_frame(masks, False))
-            if is_target_NQ.any():
-                num_levels = Q if is_target_NQ[:, 1:].any() else 1  # level 0 needs no depth decoder
-                found = self._frame_log_likelihoods(hidden_ND, targets_NQ[:, :num_levels], is_admissible_only)
-                values_NQ[is_target_NQ] = found[is_target_NQ[:, :num_levels]]
-        values = [of_clip.flatten() for of_clip in values_NQ.split([len(entries_TQ) for entries_TQ in entries])]
-        padded = [F.pad(values_L, (first, 0), value=torch.nan) for values_L, first in zip(values, firsts, strict=True)]
-        return [values_L[: len(ids_L)] for values_L, ids_L in zip(padded, ids, strict=True)]
+            is_target_NQ = torch.zeros_like(entries_NQ, dtype=torch.bool)
+            is_target_NQ[place_L, level_L] = torch.cat([F.pad(mask_L[1:], (1, 0)) for mask_L in masks])
+            of_frames_NQ = is_target_NQ & ~is_text_N[:, None]
+            if of_frames_NQ.any():
+                num_levels = Q if of_frames_NQ[:, 1:].any() else 1  # level 0 needs no depth decoder
+                frames = hidden_ND[~is_text_N], entries_NQ[~is_text_N, :num_levels]
+                found_fQ = self._frame_log_likelihoods(*frames, is_admissible_only)
+                values_NQ[of_frames_NQ] = found_fQ[of_frames_NQ[~is_text_N, :num_levels]]
+            # With a text head, text tokens and the entries of level 0 share one softmax.
+            has_one_softmax = hasattr(self.decoder.config, "text_head") and not is_admissible_only
+            by_head_N = is_target_NQ[:, 0] & (is_text_N | has_one_softmax)
+            if by_head_N.any():
+                assert not is_admissible_only, "text is scored over the whole vocabulary"
+                found_n = self._vocabulary_log_likelihoods(hidden_ND[by_head_N], ids_N[by_head_N].to(self.device))
+                values_NQ[by_head_N, 0] = found_n.cpu()
+        return list(values_NQ[place_L, level_L].split([len(ids_L) for ids_L in ids]))
 
     def _frame_log_likelihoods(
         self, hidden_ND: torch.Tensor, targets_NQ: torch.Tensor, is_admissible_only: bool

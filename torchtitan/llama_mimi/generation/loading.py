@@ -11,7 +11,7 @@ from llama_mimi.common.cpu import available_device
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.hub import load_pretrained
 from llama_mimi.generation.flattened import FlattenedModel
-from llama_mimi.generation.hierarchical import HierarchicalModel
+from llama_mimi.generation.hierarchical import CsmWithTextHead, HierarchicalModel
 from llama_mimi.generation.speech_model import DECODER_DTYPES, SpeechModel
 from llama_mimi.tokens.tokenizer import SpeechTokenizer
 from llama_mimi.tokens.vocabulary import extend_tokenizer
@@ -40,10 +40,12 @@ def load_speech_model(
             prompt in bfloat16, and generates with int8 weights. The codec always runs in float32.
     """
     place = available_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    kind = load_pretrained(AutoConfig, model_name, what="model").model_type
-    if kind not in MODELS:
+    config = load_pretrained(AutoConfig, model_name, what="model")
+    if (kind := config.model_type) not in MODELS:
         raise UserError(f"'{model_name}' is of type '{kind}'; choose a model of type {' or '.join(MODELS)}")
     stock_class, model_class, architecture = MODELS[kind]
+    if getattr(config, "text_head", None) == "separate":
+        stock_class = CsmWithTextHead
     dtype = dtype or ("bfloat16" if place.type == "cuda" else "float32")
     if (is_int8 := dtype == "int8") and place.type != "cpu":
         raise UserError(f"--dtype is 'int8', but --device is '{place}'; set --device cpu, or choose another --dtype")

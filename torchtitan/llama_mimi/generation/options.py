@@ -51,18 +51,22 @@ class SamplingOptions:
 
 
 @dataclass(frozen=True)
-class ContinuationOptions:
+class InferenceOptions:
     """Flags of inference.py."""
 
     model_name: str = "llm-jp/Llama-Mimi-1.3B"  # hub id or folder of the model
     prompt: str | None = None  # file with the prompt: WAV, FLAC, MP3 or OGG; M4A, AAC, WebM and WMA need FFmpeg
     prompts: Path | None = None  # folder of prompts; requires --output_dir. To resume a killed run, repeat the command
     text: str | None = None  # text to speak, for models of the task 'tts'; begin the text with the prompt's transcript
+    # UTF-8 file with a text to speak in each line, for models of the task 'tts'; requires --output_dir
+    texts: Path | None = None
+    # speech to transcribe, for models of the task 'asr': a file, or a folder, which requires --output_dir
+    transcribe: Path | None = None
     # WAV file to write; if --num_samples is above 1, a number is added to the name of each file
     output_file: Path = Path("continuation.wav")
-    output_dir: Path | None = None  # folder for the continuations of --prompts
+    output_dir: Path | None = None  # folder for the results of --prompts, --texts, or --transcribe with a folder
     stream: bool = False  # write the sample to disk during generation
-    batch_size: int | None = None  # number of samples in a batch (only with --prompts); default: 64 on a GPU, else 8
+    batch_size: int | None = None  # number of samples in a batch (only with --output_dir); default: 64 on a GPU, else 8
     codec: str | None = None  # hub id or folder of the codec; default: the codec in the config of the model
     # run the codec with sliding-window attention; default: the setting used in training
     codec_sliding_window: bool | None = None
@@ -72,14 +76,16 @@ class ContinuationOptions:
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
 
     def __post_init__(self) -> None:
-        file, num_rows = self.output_file, self.batch_size
-        is_folder, text = self.prompts is not None, self.text or ""
-        is_batch_wrong = num_rows is not None and (num_rows < 1 or not is_folder)
-        is_stream_wrong = self.stream and (is_folder or self.sampling.num_samples > 1)
+        file, num_rows, text = self.output_file, self.batch_size, self.text or ""
+        is_many = bool(self.prompts or self.texts or (self.transcribe and self.transcribe.is_dir()))
+        num_inputs = sum(map(bool, (self.prompt or text, self.prompts, self.texts, self.transcribe)))
+        needs = "--prompts, --texts, and --transcribe with a folder need --output_dir; other inputs do not allow it"
+        is_batch_wrong = num_rows is not None and (num_rows < 1 or not is_many)
+        is_stream_wrong = self.stream and (is_many or self.transcribe or self.sampling.num_samples > 1)
         problems = {
-            "set --prompt, --text or both; or set only --prompts": is_folder == bool(self.prompt or text),
-            "--prompts and --output_dir need each other; set both flags": is_folder != (self.output_dir is not None),
-            f"--batch_size is {num_rows}; set it to 1 or more, and set --prompts": is_batch_wrong,
+            "set --prompt, --text or both; or set one of --prompts, --texts and --transcribe": num_inputs != 1,
+            needs: is_many != (self.output_dir is not None),
+            f"--batch_size is {num_rows}; set it to 1 or more, and set --output_dir": is_batch_wrong,
             "--stream supports only one sample of one prompt; remove --stream": is_stream_wrong,
             f"--text '{as_utf8(text)}' is not UTF-8; type the text in a UTF-8 terminal": as_utf8(text) != text,
             f"--output_file is '{file}'; choose a name that ends in .wav": file.suffix.lower() != ".wav",

@@ -1,4 +1,4 @@
-"""Continue every prompt in a folder; ranks share the work, and a killed run can be resumed."""
+"""Continue, speak or transcribe many prompts; ranks share the work, and a killed run can be resumed."""
 
 import hashlib
 import json
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,49 +29,85 @@ from llama_mimi.generation.continuation import (
     read_prompt,
     with_progress,
 )
-from llama_mimi.generation.decoding import Request, decode
+from llama_mimi.generation.decoding import FinishReason, Request, decode
 from llama_mimi.generation.options import SamplingOptions
 from llama_mimi.generation.speech_model import SpeechModel
+from llama_mimi.generation.transcription import transcribe
 
 RESULTS, SETTINGS = "results.jsonl", "settings.json"
 # Samples are drawn in groups of this many batches. After a kill, a whole group is drawn again, so that each sample is
 # in a batch with the same other samples. Rounding, and therefore the bytes of a file, are then the same.
 BATCHES_PER_GROUP = 4
 NOT_COMPARED = ("model", "versions")  # the hash of the weights identifies a model
+INPUTS = ("prompt_sha256", "text")  # entries of a record; a sample with another input is drawn again
 Record = dict[str, Any]
-Sample = tuple[Path, Record]  # path of the prompt; record with file, prompt, prompt_sha256, sample (number) and seed
 
 
-def continue_folder(
+class Prompt(NamedTuple):
+    """Speech, a text to speak, or both (the text then begins with the transcript of the speech)."""
+
+    name: str  # path of the speech relative to its folder, or number of the text; unique without the ending
+    path: Path | None = None
+    text: str | None = None
+
+
+Sample = tuple[Prompt, Record]  # a record has file, prompt, prompt_sha256 and text (if any), sample (number) and seed
+
+
+def find_prompts(folder: Path, output_dir: Path) -> list[Prompt]:
+    """Return the audio files in a folder and its subfolders; raise a `UserError` if the folder has no audio files."""
+    folders = [os.path.realpath(each) for each in (folder, output_dir)]
+    if os.path.commonpath(folders) in folders:
+        raise UserError(f"--output_dir '{output_dir}' and the input '{folder}' overlap; choose separate folders")
+    paths = [Path(path) for path in find_files(str(folder), AUDIO_ENDINGS)] if folder.is_dir() else []
+    if not paths:
+        raise UserError(f"'{folder}' does not contain {', '.join(AUDIO_ENDINGS)} files; choose a folder of audio files")
+    return [Prompt(str(path.relative_to(folder.absolute())), path) for path in paths]
+
+
+def read_texts(path: Path) -> list[Prompt]:
+    """Return the lines of a file, which are named by their numbers. Empty lines are skipped."""
+    try:
+        lines = path.read_text("utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"'{path}' is not readable as UTF-8 ({first_line(error)}); choose a text file") from error
+    return [Prompt(f"{number:06}", text=line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def draw_samples(
     model: SpeechModel,
-    prompts: Path,
+    prompts: Sequence[Prompt],
     output_dir: Path,
     options: SamplingOptions,
     num_rows: int,
     ranks: DistributedContext,
     made_by: Mapping[str, Any],
+    transcribes: bool = False,
 ) -> list[Record]:
-    """Continue all audio files in a folder and its subfolders. Samples of an earlier run are kept.
+    """Continue or speak each prompt ``options.num_samples`` times, or transcribe it. Earlier samples are kept.
 
     ``num_rows`` is the batch size; ``made_by`` is the result of `describe_model`. The function writes
-    ``<prompt>_<sample>.wav``, ``settings.json`` and, at the end, ``results.jsonl`` to ``output_dir``.
+    ``<prompt>_<sample>.wav`` or ``<prompt>.txt``, ``settings.json`` and, at the end, ``results.jsonl`` to
+    ``output_dir``.
 
     Returns:
         The records of ``results.jsonl``, on every rank. If a prompt cannot be read, the records of its samples contain
         an ``error``.
 
     Raises:
-        UserError: the folder is empty, two prompts have the same name, or ``settings.json`` contains other settings.
+        UserError: the model was not trained on the task, two prompts have the same name, or ``settings.json`` contains
+            other settings.
     """
+    if transcribes or any(prompt.text is not None for prompt in prompts):
+        model.require_task("asr" if transcribes else "tts", "the command")
     chosen = {"top_p": for_model(options, model).top_p, "last_frame": options.last_frame or model.last_frame}
     settings = {**asdict(options), **chosen, **made_by, "device": ranks.device.type, "batch_size": num_rows}
+    settings |= {"transcribes": True} if transcribes else {}
     log = ProgressLog(output_dir / "unfinished", {})  # settings.json contains the settings
 
     def prepare() -> dict[str, Sample]:
-        folders = [os.path.realpath(folder) for folder in (prompts, output_dir)]
-        if os.path.commonpath(folders) in folders:
-            raise UserError(f"--output_dir '{output_dir}' and --prompts '{prompts}' overlap; choose separate folders")
-        samples = _find_samples(prompts, options)
+        endings = [".txt"] if transcribes else [f"_{number}.wav" for number in range(options.num_samples)]
+        samples = _plan(prompts, endings, options.seed)
         earlier = read_json(str(output_dir), SETTINGS)
         if earlier is None:
             write_atomically(str(output_dir), SETTINGS, (json.dumps(settings, indent=1) + "\n").encode())
@@ -91,14 +127,15 @@ def continue_folder(
     groups = [{file: samples[file] for file in files[start : start + size]} for start in range(0, len(files), size)]
 
     def is_done(file: str, record: Record) -> bool:
-        is_same = file in samples and record["prompt_sha256"] == samples[file][1]["prompt_sha256"]
+        is_same = file in samples and all(record.get(key) == samples[file][1].get(key) for key in INPUTS)
         return is_same and ("error" in record or (output_dir / file).exists())
 
-    work = partial(_continue_group, model, output_dir, options, num_rows)
+    work = partial(_complete_group, model, output_dir, options, num_rows, transcribes)
     records = list(map_resumable(groups, work, log, ranks, unit="sample", is_done=is_done).values())
     if ranks.rank == 0:
-        num_frames = {record["prompt"]: record.get("prompt_frames", 0) for record in records}
-        print_cut_prompts(model, options, num_frames.values())
+        if not transcribes:
+            num_frames = {record["prompt"]: record.get("prompt_frames", 0) for record in records}
+            print_cut_prompts(model, options, num_frames.values())
         write_atomically(str(output_dir), RESULTS, "".join(json.dumps(record) + "\n" for record in records).encode())
         log.close()
     ranks.wait()
@@ -124,51 +161,69 @@ def describe_model(model_name: str, model: SpeechModel) -> Record:
     }
 
 
-def _find_samples(prompts: Path, options: SamplingOptions) -> dict[str, Sample]:
-    paths = [Path(path) for path in find_files(str(prompts), AUDIO_ENDINGS)] if prompts.is_dir() else []
-    if not paths:
-        raise UserError(f"'{prompts}' does not contain {', '.join(AUDIO_ENDINGS)} files; choose a folder of prompts")
+def _plan(prompts: Sequence[Prompt], endings: Sequence[str], first_seed: int) -> dict[str, Sample]:
     samples: dict[str, Sample] = {}
-    for path in paths:
-        relative = path.relative_to(prompts.absolute())
-        prompt, sha256 = as_utf8(str(relative)), hashlib.sha256(path.read_bytes()).hexdigest()
-        for number in range(options.num_samples):
-            seed = int.from_bytes(hashlib.sha256(os.fsencode(f"{options.seed}/{relative}/{number}")).digest()[:4])
-            file = f"{Path(prompt).with_suffix('')}_{number}.wav"
-            record = {"file": file, "prompt": prompt, "prompt_sha256": sha256, "sample": number, "seed": seed}
-            if (other := samples.setdefault(file, (path, record))[1]) is not record:
-                both = f"'{other['prompt']}' and '{prompt}'"
+    for prompt in prompts:
+        inputs = {"prompt": as_utf8(prompt.name)}
+        if prompt.path is not None:
+            inputs["prompt_sha256"] = hashlib.sha256(prompt.path.read_bytes()).hexdigest()
+        if prompt.text is not None:
+            inputs["text"] = prompt.text
+        for number, ending in enumerate(endings):
+            content = os.fsencode(f"{first_seed}/{prompt.name}/{number}")
+            seed = int.from_bytes(hashlib.sha256(content).digest()[:4])
+            file = f"{Path(inputs['prompt']).with_suffix('')}{ending}"
+            record = {"file": file, **inputs, "sample": number, "seed": seed}
+            if (other := samples.setdefault(file, (prompt, record))[1]) is not record:
+                both = f"'{other['prompt']}' and '{inputs['prompt']}'"
                 raise UserError(f"samples of {both} would have the same file name; rename one of the prompts")
     return samples
 
 
-def _continue_group(
-    model: SpeechModel, output_dir: Path, options: SamplingOptions, num_rows: int, group: Mapping[str, Sample]
+def _complete_group(
+    model: SpeechModel,
+    output_dir: Path,
+    options: SamplingOptions,
+    num_rows: int,
+    transcribes: bool,
+    group: Mapping[str, Sample],
 ) -> Iterator[tuple[str, Record]]:
     codec = model.codec
     waveforms: dict[Path, Waveform] = {}
-    for path in dict.fromkeys(path for path, _ in group.values()):
+    for path in dict.fromkeys(prompt.path for prompt, _ in group.values() if prompt.path):
         try:
             waveforms[path] = read_prompt(str(path), codec)
         except AudioError as error:
             text = as_utf8(str(error))
-            yield from ((file, {**record, "error": text}) for file, (other, record) in group.items() if other == path)
+            yield from ((file, {**record, "error": text}) for file, (p, record) in group.items() if p.path == path)
     codes = dict(zip(waveforms, encode_prompts(model, list(waveforms.values()), options), strict=True))
-    usable = [(file, path, record) for file, (path, record) in group.items() if path in codes]
-    requests = [Request(codes[path], record["seed"]) for _, path, record in usable]
+    usable: list[tuple[str, Record]] = []
+    requests: list[Request] = []
+    for file, (prompt, record) in group.items():
+        if prompt.path is None or prompt.path in codes:
+            prompt_TQ, warnings = torch.zeros(0, codec.num_quantizers, dtype=torch.long), list[str]()
+            if prompt.path is not None:
+                prompt_TQ, warnings = codes[prompt.path], list(waveforms[prompt.path].audio_warnings)
+            usable.append((file, record | {"prompt_frames": len(prompt_TQ), "audio_warnings": warnings}))
+            requests.append(Request(prompt_TQ, record["seed"], prompt.text))
+    if transcribes:
+        transcripts = transcribe(model, [request.prompt_TQ for request in requests], num_rows)
+        for (file, record), transcript in zip(usable, transcripts, strict=True):
+            path, end = output_dir / file, FinishReason.LENGTH if transcript.is_cut else FinishReason.EOS
+            write_atomically(str(path.parent), path.name, f"{transcript.text}\n".encode())
+            yield file, record | {"transcript": transcript.text, "end": end.value}
+        return
     sampling = for_model(options, model)
     drawn = decode(model, requests, sampling, num_rows)
     drawn = with_progress(drawn, len(requests), sampling.max_frames, codec.frame_rate_hz)
     for number, new_TQ, end, began in finished(drawn, codec.num_quantizers):
-        (file, path, record), prompt_TQ = usable[number], requests[number].prompt_TQ
-        waveform = Waveform(decode_long(codec, torch.cat([prompt_TQ, new_TQ])), codec.sample_rate_hz)
-        write_wav(output_dir / file, waveform)
+        (file, record), codes_TQ = usable[number], torch.cat([requests[number].prompt_TQ, new_TQ])
+        samples_S = decode_long(codec, codes_TQ) if len(codes_TQ) else torch.zeros(0)
+        write_wav(output_dir / file, Waveform(samples_S, codec.sample_rate_hz))
         found = {
-            "prompt_frames": len(prompt_TQ),
             "frames": len(new_TQ),
             "distinct_frames": len(new_TQ.unique(dim=0)),  # few if the model repeats itself
             "end": end.value,
-            "audio_warnings": list(waveforms[path].audio_warnings),
             "seconds": round(time.perf_counter() - began, 3),  # from the first frame to the file
         }
         yield file, record | found

@@ -1,5 +1,6 @@
-"""Implementation of inference.py: continue one prompt, or all prompts in a folder."""
+"""Implementation of inference.py: continue, speak or transcribe one input, or many inputs."""
 
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -23,22 +24,28 @@ from llama_mimi.generation.continuation import (
 )
 from llama_mimi.generation.decoding import Drawn, Request, decode
 from llama_mimi.generation.loading import load_speech_model
-from llama_mimi.generation.options import ContinuationOptions
-from llama_mimi.generation.prompt_folder import RESULTS, continue_folder, describe_model, without_new_audio
+from llama_mimi.generation.options import InferenceOptions
+from llama_mimi.generation.prompt_folder import (
+    RESULTS,
+    describe_model,
+    draw_samples,
+    find_prompts,
+    read_texts,
+    without_new_audio,
+)
 from llama_mimi.generation.speech_model import SpeechModel
+from llama_mimi.generation.transcription import transcribe
 
 
-def continue_speech(options: ContinuationOptions) -> None:
-    """Continue speech; raise a `UserError` if the prompt or the model cannot be used."""
+def run_inference(options: InferenceOptions) -> None:
+    """Continue, speak or transcribe; raise a `UserError` if an input or the model cannot be used."""
     file, num_samples, sampling = options.output_file, options.sampling.num_samples, options.sampling
     files = [file.with_stem(f"{file.stem}_{number}") for number in range(num_samples)] if num_samples > 1 else [file]
-    if options.prompt is not None:  # check the prompt before the model is loaded
-        for warning in read_prompt(options.prompt).audio_warnings:
-            print(f"note: '{options.prompt}' is {warning}")
-        if any(path.exists() and path.samefile(options.prompt) for path in files):
-            raise UserError(
-                f"--output_file and --prompt are the same file '{options.prompt}'; set another --output_file"
-            )
+    if options.output_dir is None and (speech := options.prompt or options.transcribe) is not None:
+        for warning in read_prompt(str(speech)).audio_warnings:  # check the file before the model is loaded
+            print(f"note: '{speech}' is {warning}")
+    if options.prompt is not None and any(path.exists() and path.samefile(options.prompt) for path in files):
+        raise UserError(f"--output_file and --prompt are the same file '{options.prompt}'; set another --output_file")
 
     with distributed_context(options.device) as ranks:
         name, codec, window = options.model_name, options.codec, options.codec_sliding_window
@@ -46,8 +53,14 @@ def continue_speech(options: ContinuationOptions) -> None:
         model = load_speech_model(name, codec_name=codec, sliding_window=window, device=device, dtype=dtype)
         if ranks.rank == 0:
             print(settings_note(model, sampling), flush=True)
-        if options.prompts is None or options.output_dir is None:
-            if ranks.rank == 0:
+        if (output_dir := options.output_dir) is None:
+            if ranks.rank == 0 and options.transcribe is not None:
+                waveform = read_prompt(str(options.transcribe), model.codec)
+                (transcript,) = transcribe(model, encode_prompts(model, [waveform], sampling), 1)
+                if transcript.is_cut:
+                    print("the transcript is incomplete, because it reached its maximum length")
+                print(transcript.text)
+            elif ranks.rank == 0:
                 _continue_prompt(model, options, files)
                 data_dir = "assets/tiny/benchmarks/salmon" if is_synthetic(model.codec.name) else None
                 flags = {"codec": options.codec, "dtype": "bfloat16" if dtype == "int8" else dtype}
@@ -55,16 +68,19 @@ def continue_speech(options: ContinuationOptions) -> None:
             return
         made_by = broadcast_from_rank0(lambda: describe_model(name, model))
         num_rows = options.batch_size or (64 if ranks.device.type == "cuda" else 8)
-        records = continue_folder(model, options.prompts, options.output_dir, sampling, num_rows, ranks, made_by)
+        folder, transcribes = options.prompts or options.transcribe, options.transcribe is not None
+        find = partial(find_prompts, folder, output_dir) if folder else partial(read_texts, Path(str(options.texts)))
+        prompts = broadcast_from_rank0(find)
+        records = draw_samples(model, prompts, output_dir, sampling, num_rows, ranks, made_by, transcribes)
     if ranks.rank == 0:
         failed = [record["error"] for record in records if "error" in record]
-        samples = f"{len(records) - len(failed):,} samples are in {options.output_dir}{without_new_audio(records)}"
-        print(f"{samples}; see {options.output_dir / RESULTS}")
+        results = f"{len(records) - len(failed):,} results are in {output_dir}{without_new_audio(records)}"
+        print(f"{results}; see {output_dir / RESULTS}")
         if failed:
-            raise UserError(f"{len(failed):,} samples failed; the first error: {failed[0]}")
+            raise UserError(f"{len(failed):,} inputs failed; the first error: {failed[0]}")
 
 
-def _continue_prompt(model: SpeechModel, options: ContinuationOptions, files: list[Path]) -> None:
+def _continue_prompt(model: SpeechModel, options: InferenceOptions, files: list[Path]) -> None:
     codec, sampling = model.codec, options.sampling
     prompt_TQ = torch.zeros(0, codec.num_quantizers, dtype=torch.long)
     if options.prompt is not None:

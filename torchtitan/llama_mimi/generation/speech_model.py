@@ -1,18 +1,23 @@
-"""Interface to a converted or released checkpoint, to score and to continue speech."""
+"""Interface to a converted or released checkpoint, to score sequences and to generate speech and text."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from llama_mimi.audio.mimi import DTYPES, MimiCodec, is_released
-from llama_mimi.common.choices import LastFrame
+from llama_mimi.common.choices import LastFrame, Task
+from llama_mimi.common.errors import UserError
 from llama_mimi.generation.kv_cache import BatchedKVCache
 from llama_mimi.tokens.tokenizer import SpeechTokenizer
+from llama_mimi.tokens.vocabulary import has_text
 
+MIN_CAPACITY = 256  # capacities are this number times a power of two, so that most caches have the same size
 DECODER_DTYPES = {**DTYPES, "float16": torch.float16, "int8": torch.bfloat16}
 POSITIONS_AT_ONCE = 2048  # the logits of 2048 positions take 1.1 GB in float32 with 136,450 vocabulary entries
 # Function (logits, level) that draws entries (B,). Logits are (B, K + 1) at level 0 (entry K is the end), else (B, K).
@@ -53,31 +58,77 @@ class SpeechModel(ABC):
         return self.tokenizer.vocabulary.codebook_size
 
     @property
+    def tasks(self) -> list[str]:
+        """Training tasks. The config of a released checkpoint does not name tasks; such a checkpoint may speak text."""
+        if not has_text(self.tokenizer.text_tokenizer):
+            return ["audio"]
+        config = self.decoder.config
+        return getattr(config, "tasks", None) or [getattr(config, "task", "tts").replace("a2a", "audio")]
+
+    def require_task(self, task: Task, purpose: str) -> None:
+        """Raise a `UserError` if the model was not trained on a task. ``purpose``: flag or work that needs the task."""
+        if task not in self.tasks:
+            problem = f"{purpose} needs the task '{task}', but the model was trained on {', '.join(self.tasks)}"
+            raise UserError(f"{problem}; choose another model, or add '{task}' to data.tasks and train a model")
+
+    def require_finite(self, is_finite: torch.Tensor) -> None:
+        """Raise a `UserError` about overflow if ``is_finite``, computed from logits, is False."""
+        if not is_finite:
+            remedy = "set --dtype float32, or use another checkpoint"
+            raise UserError(f"logits are not finite: the model overflows in {self.dtype}; {remedy}")
+
+    @property
     @abstractmethod
     def backbone(self) -> PreTrainedModel:
         """The causal Transformer over a sequence, without its output layer."""
 
+    @property
     @abstractmethod
-    def embed(self, prefix: Sequence[int] | torch.Tensor, codes_TQ: torch.Tensor) -> torch.Tensor:
-        """Return the backbone's inputs (L, D): embeddings of the prefix ids, followed by embeddings of the frames."""
+    def output_VD(self) -> torch.Tensor:
+        """Output matrix over the whole vocabulary; raises a `UserError` if the model cannot predict text."""
+
+    @abstractmethod
+    def embed(self, ids_L: torch.Tensor) -> torch.Tensor:
+        """Return the backbone's inputs (P, D) for a flattened sequence. Flattened models have P = L positions."""
 
     @abstractmethod
     def log_likelihoods(
         self, ids: Sequence[torch.Tensor], *is_scored: Sequence[torch.Tensor], is_admissible_only: bool = False
     ) -> list[torch.Tensor]:
-        """Return the log-likelihoods (L,) of each clip's tokens, in nats (float64, on the CPU); NaN if not scored.
+        """Return the log-likelihoods (L,) of each sequence's tokens, in nats (float64, on the CPU); NaN if not scored.
 
         Args:
-            ids: flattened sequence (L,) of each clip.
-            is_scored: sets of tokens to score. A set has a mask (L,) for each clip. The backbone runs once. Each set
-                has its own matrix products in the output layer, so the values of a set do not depend on the other sets.
+            ids: flattened sequences (L,) of any training task.
+            is_scored: sets of tokens to score. A set has a mask (L,) for each sequence. The first token of a sequence
+                cannot be scored. The backbone runs once. Each set has its own matrix products in the output layer, so
+                the values of a set do not depend on the other sets.
             is_admissible_only: compute the softmax over the tokens that are valid at a position, as in generation,
                 instead of over the whole vocabulary. Only codes and ``</audio>`` can then be scored.
+
+        Raises:
+            UserError: text is scored, but the model cannot predict text.
         """
+
+    def _vocabulary_log_likelihoods(self, hidden_ND: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+        """Return the log-likelihoods (N,) of ids under softmax over the whole vocabulary, given hidden states."""
+        chunks = zip(hidden_ND.split(POSITIONS_AT_ONCE), targets_N.split(POSITIONS_AT_ONCE), strict=True)
+        return torch.cat([log_likelihoods(F.linear(h_ND, self.output_VD), t_N) for h_ND, t_N in chunks])
 
     def caches(self, num_rows: int, capacity: int) -> list[BatchedKVCache]:
         """Return empty caches for `next_frame`; the first cache is for the backbone and has ``capacity`` positions."""
         return [BatchedKVCache(self.backbone, num_rows, capacity, self.is_int8)]
+
+    @contextmanager
+    def borrow_caches(self, num_rows: int, capacity: int) -> Iterator[list[BatchedKVCache]]:
+        """Yield `caches` of at least ``capacity`` positions with unused rows. The next call may use them again."""
+        context = self.backbone.config.max_position_embeddings
+        size = (num_rows, min(max(MIN_CAPACITY, 1 << (capacity - 1).bit_length()), context))
+        caches = self.spare_caches.pop(size, None) or self.caches(*size)
+        for row in range(num_rows):
+            caches[0].reset(row)
+        yield caches
+        self.spare_caches.clear()
+        self.spare_caches[size] = caches
 
     @abstractmethod
     def next_frame(self, caches: Sequence[BatchedKVCache], draw: Draw) -> torch.Tensor:

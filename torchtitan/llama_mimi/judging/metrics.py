@@ -174,7 +174,7 @@ def transcripts(model_name: str, language: str | None, device: torch.device, bat
     model_class = transformers.AutoModelForSpeechSeq2Seq if is_seq2seq else transformers.AutoModelForCTC
     model = load_evaluator(model_class, model_name, device, what="ASR model")
     languages = getattr(getattr(model, "generation_config", None), "lang_to_id", None) or {}
-    if language is not None and f"<|{language}|>" not in languages:
+    if is_seq2seq and language is not None and f"<|{language}|>" not in languages:
         raise UserError(f"'{model_name}' does not support --language '{language}'; choose another, or remove this flag")
     # Without timestamps, Whisper transcribes only the first 30 s.
     options: dict[str, Any] = {"return_timestamps": True} if config.model_type == "whisper" else {}

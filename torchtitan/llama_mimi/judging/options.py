@@ -1,12 +1,13 @@
-"""Options of eval/generation.py, and criteria of its judge. This module does not import PyTorch."""
+"""Options of eval/{generation,tts,asr}.py, and criteria of the judge. This module does not import PyTorch."""
 
 import hashlib
 import re
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from llama_mimi.common.choices import DecoderPrecision
 from llama_mimi.common.errors import UserError, first_line
@@ -49,17 +50,28 @@ def read_criteria(path: Path) -> Criteria:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptOptions:
-    """Options for the recordings and for the length of prompts."""
+class CorpusOptions:
+    """Options for the recordings."""
 
     corpus: str  # corpus of held-out recordings: a name, a folder, a Parquet file or a glob
     dataset_path: str | None = None  # folder of the downloaded corpus, if --corpus is a name
     split: str | None = None  # name of the split, if the corpus has several splits
     audio_column: str = "audio"  # column with the recordings
     speaker_column: str = "speaker"  # column with speakers; the clips of a shuffled pair differ in speaker
+    limit: int | None = None  # maximum number of recordings, chosen by a hash of their names; default: all
+
+    @property
+    def min_seconds(self) -> float:
+        """Minimum length of a recording, in seconds."""
+        return MIN_SECONDS
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptOptions(CorpusOptions):
+    """Options for the recordings and for the length of prompts."""
+
     prompt_seconds: float = 3.0  # approximate length of a prompt, in seconds (at least 0.5)
     recording_seconds: float | None = None  # minimum length of a recording, in seconds; default: twice --prompt_seconds
-    limit: int | None = None  # maximum number of recordings, chosen by a hash of their names; default: all
 
     def __post_init__(self) -> None:
         low, high = 1.25 * self.prompt_seconds, MAX_RECORDING_SECONDS
@@ -70,8 +82,15 @@ class PromptOptions:
 
     @property
     def min_seconds(self) -> float:
-        """Minimum length of a recording, in seconds."""
         return 2 * self.prompt_seconds if self.recording_seconds is None else self.recording_seconds
+
+
+class Texts(NamedTuple):
+    """Settings for recordings with transcripts."""
+
+    text_column: str
+    max_seconds: float  # longer recordings are skipped
+    voice_seconds: float = 0.0  # approximate length of a voice prompt, in seconds; 0: no voice prompts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,13 +140,13 @@ class GenerationOptions:
         used = {"distillmos": self.measures.quality == "distillmos", "openai": self.measures.judge_model is not None}
         if missing := [package for package, is_used in used.items() if is_used and not find_spec(package)]:
             raise UserError(f"the package '{missing[0]}' is missing; run `uv sync --inexact --extra judging`")
-        for options, flag in ((self, "batch_size"), (self.measures, "listening_batch_size"), (self.prompts, "limit")):
-            if (value := getattr(options, flag)) is not None and value < 1:
-                raise UserError(f"--{flag} is {value}; set it to 1 or more")
-        if self.system in RESERVED or self.system.startswith(RECONSTRUCTION):
-            raise UserError(f"--name '{self.system}' is reserved; set another --name")
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.system):
-            raise UserError(f"--name '{self.system}' is not a valid file name; set another --name")
+        numbers = {"batch_size": self.batch_size, "listening_batch_size": self.measures.listening_batch_size}
+        _check(self.system, numbers | {"limit": self.prompts.limit})
+
+    @property
+    def texts(self) -> Texts | None:
+        """Settings for the texts of recordings; None if the texts are not read."""
+        return None
 
     @property
     def system(self) -> str:
@@ -144,3 +163,59 @@ class GenerationOptions:
         prompt_seconds, recording_seconds = self.prompts.prompt_seconds, self.prompts.min_seconds
         shortest = min(prompt_seconds, recording_seconds - prompt_seconds, self.sampling.seconds)
         return round(max(shortest, MIN_SECONDS), 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TtsOptions(GenerationOptions):
+    """Flags of eval/tts.py."""
+
+    text_column: str = "text"  # column with the texts to speak
+    # the voice prompt of a text is another recording of the same speaker: the recording whose length is nearest to
+    # --prompt_seconds; without voice prompts, the model chooses a voice
+    voice_prompts: bool = True
+    # Length and randomness of the speech. Recordings longer than --seconds are skipped.
+    sampling: SamplingOptions = field(default_factory=lambda: SamplingOptions(seconds=20.0))
+    output_dir: Path = Path("results/tts")  # folder for the recordings and the results of all systems
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.measures.asr_model is None:
+            raise UserError("--asr_model is missing; set --asr_model to the model that transcribes the speech")
+
+    @property
+    def texts(self) -> Texts:
+        return Texts(self.text_column, self.sampling.seconds, self.prompts.prompt_seconds * self.voice_prompts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AsrOptions:
+    """Flags of eval/asr.py."""
+
+    recordings: CorpusOptions
+    model_name: str  # hub id or folder of a model of the task 'asr', or of any ASR model of transformers
+    text_column: str = "text"  # column with the transcripts of the recordings
+    language: str | None = None  # language of the speech, such as 'de'; default: English
+    name: str | None = None  # name of the system; default: name of the model
+    output_dir: Path = Path("results/asr")  # folder for the recordings and the results of all systems
+    codec: str | None = None  # hub id or folder of the codec; default: the model's codec
+    batch_size: int | None = None  # number of recordings per batch; default: 64 on a GPU, else 8
+    device: str | None = None  # torch device; default: the GPU if there is one, else the CPU
+    dtype: DecoderPrecision | None = None  # precision of the decoder; default: bfloat16 on a GPU, float32 on a CPU
+
+    def __post_init__(self) -> None:
+        _check(self.system, {"batch_size": self.batch_size, "limit": self.recordings.limit})
+
+    @property
+    def system(self) -> str:
+        return self.name if self.name is not None else model_folder(self.model_name)
+
+
+def _check(system: str, numbers: Mapping[str, int | None]) -> None:
+    """Raise a `UserError` for a number below 1, and for a name of a system that cannot be the name of its result."""
+    for flag, value in numbers.items():
+        if value is not None and value < 1:
+            raise UserError(f"--{flag} is {value}; set it to 1 or more")
+    if system in RESERVED or system.startswith(RECONSTRUCTION):
+        raise UserError(f"--name '{system}' is reserved; set another --name")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", system):
+        raise UserError(f"--name '{system}' is not a valid file name; set another --name")

@@ -1,41 +1,50 @@
-"""Prompts for all systems: the first seconds of recordings from a corpus."""
+"""Recordings for all systems, and their prompts: the first seconds of a recording, or a voice prompt."""
 
 import bisect
 import json
+import math
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
-from llama_mimi.audio.reading import AudioError, Waveform, write_wav
+from llama_mimi.audio.reading import AudioError, Waveform, read_audio, write_wav
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import digest, read_json, visible_files, write_atomically
 from llama_mimi.common.resume import require_same
 from llama_mimi.corpora.clips import read_row
 from llama_mimi.corpora.formats import open_source
 from llama_mimi.corpora.source import Row, Source
-from llama_mimi.judging.options import MAX_RECORDING_SECONDS, PROMPTS, RECORDINGS, PromptOptions
+from llama_mimi.judging.options import MAX_RECORDING_SECONDS, PROMPTS, RECORDINGS, CorpusOptions, PromptOptions, Texts
 
 MANIFEST, FORMAT = "prompts.json", 2
 MAX_UNREADABLE = 0.1  # maximum fraction of unreadable recordings
 FRAME_SECONDS = 0.08  # length of a Mimi frame; prompts have whole frames and need no padding
 SEARCH_FRACTION = 1 / 6  # prompts of about 3 s end between 2.5 and 3.5 s
 CUT_SECONDS = 0.04  # power is measured in this length of audio around a frame border
+UTTERANCES = "utterances"  # temporary folder of recordings without their voice prompts
 NEW_FOLDER = "choose another --output_dir"
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """The first seconds of a recording."""
+    """A recording and its prompt: the first seconds of the recording.
+
+    In a set for text-to-speech, the recording begins with the voice prompt, and the speech of ``text`` follows.
+    """
 
     name: str
     speaker: str  # empty if the corpus has no speakers
-    seconds: float
+    seconds: float  # length of the prompt; 0 without a voice prompt: `PROMPTS` then has no file for the recording
+    text: str = ""  # transcript of the recording without its voice prompt; empty in a set for eval/generation.py
+    prompt_text: str = ""  # transcript of the voice prompt
 
 
 @dataclass(frozen=True)
@@ -50,13 +59,18 @@ class PromptSet:
         """Return the path of a prompt (part `PROMPTS`) or its whole recording (part `RECORDINGS`)."""
         return self.folder / part / f"{prompt.name}.wav"
 
+    @property
+    def has_texts(self) -> bool:
+        """True if the transcripts of the recordings are known."""
+        return any(prompt.text for prompt in self.prompts)
 
-def make_prompts(folder: Path, options: PromptOptions) -> PromptSet:
+
+def make_prompts(folder: Path, options: CorpusOptions, texts: Texts | None = None) -> PromptSet:
     """Return the prompts of a folder, or make them in a new folder. Changed options or files raise a `UserError`."""
-    settings = asdict(options)
+    settings = asdict(options) | (texts._asdict() if texts else {})
     manifest = read_json(str(folder), MANIFEST)
     if manifest is None:
-        prompts, skipped, hash_of_files = _cut_prompts(folder, options)
+        prompts, skipped, hash_of_files = _write_prompts(folder, options, texts)
         manifest = {"format": FORMAT, "settings": settings, "skipped": skipped, "sha256": hash_of_files}
         manifest["prompts"] = [asdict(prompt) for prompt in prompts]
         write_atomically(str(folder), MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
@@ -85,15 +99,18 @@ def _files_sha256(folder: Path) -> str:
     return digest({path.relative_to(folder).as_posix(): sha256(path.read_bytes()).hexdigest() for path in files})
 
 
-def _cut_prompts(folder: Path, options: PromptOptions) -> tuple[list[Prompt], Counter[str], str]:
+def _write_prompts(folder: Path, options: CorpusOptions, texts: Texts | None) -> tuple[list[Prompt], Counter[str], str]:
     """Write prompts and recordings; return prompts in corpus order, counts of skipped rows, and a hash of the files."""
+    text_column, max_seconds, _ = texts or (None, MAX_RECORDING_SECONDS, 0.0)
     for part in (PROMPTS, RECORDINGS):
         if (folder / part).exists():
             raise UserError(f"'{folder / part}' exists without {MANIFEST}; remove the folder, or {NEW_FOLDER}")
     partial = PromptSet(folder / f"{PROMPTS}.partial", "", ())
     shutil.rmtree(partial.folder, ignore_errors=True)  # left by a killed run
     columns = {"speaker": options.speaker_column}
-    source = open_source(options.corpus, options.dataset_path, options.audio_column, None, columns, options.split)
+    source = open_source(
+        options.corpus, options.dataset_path, options.audio_column, text_column, columns, options.split
+    )
     skipped: Counter[str] = Counter()
     num_read = num_unreadable = 0
     drawn: list[tuple[bytes, int, Prompt]] = []  # (hash, row number, prompt), sorted by hash
@@ -108,9 +125,12 @@ def _cut_prompts(folder: Path, options: PromptOptions) -> tuple[list[Prompt], Co
         if len(drawn) == options.limit and rank > drawn[-1][0]:
             skipped["beyond --limit"] += 1
             continue
+        if text_column and not row.get("text"):
+            skipped["no text"] += 1
+            continue
         num_read += 1
         try:
-            waveform = read_row(row, None, max_seconds=MAX_RECORDING_SECONDS)
+            waveform = read_row(row, None, max_seconds=max_seconds)
         except AudioError as error:
             print(f"skipped: {error}", flush=True)
             skipped[error.reason] += 1
@@ -119,16 +139,21 @@ def _cut_prompts(folder: Path, options: PromptOptions) -> tuple[list[Prompt], Co
         if waveform.seconds < options.min_seconds:
             skipped["too short"] += 1
             continue
-        speaker = row.get("speaker")
-        prompt = Prompt(name, "" if speaker is None else str(speaker), cut_seconds(waveform, options.prompt_seconds))
-        prompt_S = waveform.samples_S[: round(prompt.seconds * waveform.sample_rate_hz)]
-        write_wav(partial.file(PROMPTS, prompt), Waveform(prompt_S, waveform.sample_rate_hz))
+        speaker = "" if row.get("speaker") is None else str(row["speaker"])
+        if texts and waveform.is_cut:  # the text would not fit
+            skipped["too long"] += 1
+            continue
+        prompt = Prompt(name, speaker, waveform.seconds, row["text"] if texts else "")
+        if isinstance(options, PromptOptions) and not texts:
+            prompt = replace(prompt, seconds=cut_seconds(waveform, options.prompt_seconds))
+            prompt_S = waveform.samples_S[: round(prompt.seconds * waveform.sample_rate_hz)]
+            write_wav(partial.file(PROMPTS, prompt), Waveform(prompt_S, waveform.sample_rate_hz))
         write_wav(partial.file(RECORDINGS, prompt), waveform)
         bisect.insort(drawn, (rank, number, prompt))
         if options.limit is not None and len(drawn) > options.limit:
             *_, last = drawn.pop()
             for part in (PROMPTS, RECORDINGS):
-                partial.file(part, last).unlink()
+                partial.file(part, last).unlink(missing_ok=True)
             skipped["beyond --limit"] += 1
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in skipped.items())
     print(f"{len(drawn):,} prompts; skipped recordings: {reasons or 'none'}", flush=True)
@@ -138,11 +163,42 @@ def _cut_prompts(folder: Path, options: PromptOptions) -> tuple[list[Prompt], Co
     if not drawn:
         problem = f"'{options.corpus}' lacks a readable recording of at least {options.min_seconds:g} s"
         raise UserError(f"{problem}; reduce --recording_seconds and --prompt_seconds, or add longer recordings")
+    prompts = [prompt for _, _, prompt in sorted(drawn, key=lambda one: one[1])]
+    prompts = _add_voice_prompts(partial, prompts, texts.voice_seconds) if texts else prompts
     hash_of_files = _files_sha256(partial.folder)  # before the rename, because hashing is slow
     for part in (RECORDINGS, PROMPTS):
+        (partial.folder / part).mkdir(exist_ok=True)
         (partial.folder / part).rename(folder / part)
     partial.folder.rmdir()
-    return [prompt for _, _, prompt in sorted(drawn, key=lambda one: one[1])], skipped, hash_of_files
+    return prompts, skipped, hash_of_files
+
+
+def _add_voice_prompts(partial: PromptSet, prompts: Sequence[Prompt], voice_seconds: float) -> list[Prompt]:
+    """Insert a voice prompt before each recording; return the prompts, whose lengths are now those of voice prompts.
+
+    The voice prompt is the other recording of the same speaker whose length is nearest to ``voice_seconds``, padded
+    with zeros to whole frames. If ``voice_seconds`` is 0, or if there is no such recording, the recording is unchanged.
+    """
+    utterances, changed = partial.folder / UTTERANCES, []
+    (partial.folder / RECORDINGS).rename(utterances)
+    (partial.folder / RECORDINGS).mkdir()
+    for prompt in tqdm(prompts, "voice prompts", unit="recording"):
+        path, seconds, text = utterances / f"{prompt.name}.wav", 0.0, ""
+        others = [one for one in prompts if voice_seconds and one.speaker == prompt.speaker != "" and one is not prompt]
+        if others:
+            voice = min(others, key=lambda other: (abs(other.seconds - voice_seconds), other.name))
+            text, seconds = voice.text, round(math.ceil(voice.seconds / FRAME_SECONDS - 1e-6) * FRAME_SECONDS, 2)
+            waveform = read_audio(path, None)
+            voice_S = read_audio(utterances / f"{voice.name}.wav", waveform.sample_rate_hz).samples_S
+            voice_S = F.pad(voice_S, (0, round(seconds * waveform.sample_rate_hz) - len(voice_S)))
+            write_wav(partial.file(PROMPTS, prompt), replace(waveform, samples_S=voice_S))
+            whole_S = torch.cat([voice_S, waveform.samples_S])
+            write_wav(partial.file(RECORDINGS, prompt), replace(waveform, samples_S=whole_S))
+        else:
+            shutil.copy(path, partial.file(RECORDINGS, prompt))
+        changed.append(replace(prompt, seconds=seconds, prompt_text=text))
+    shutil.rmtree(utterances)
+    return changed
 
 
 def _rows(source: Source) -> Iterator[tuple[str, Row]]:

@@ -77,7 +77,8 @@ def references(
     for prompt in prompts.prompts:
         others = [other for other in prompts.prompts if other.name != prompt.name]
         strangers = [other for other in others if other.speaker != prompt.speaker]
-        seed = sha256(prompts.file(PROMPTS, prompt).read_bytes()).hexdigest()
+        file = prompts.file(PROMPTS if prompt.seconds else RECORDINGS, prompt)
+        seed = sha256(file.read_bytes()).hexdigest()
         other = random.Random(seed).choice(strangers or others)
         systems[SHUFFLED].append(rest(prompt, RECORDINGS, other))
     if codec is not None:
@@ -109,7 +110,7 @@ def _reconstruct(prompts: PromptSet, codec: MimiCodec, name: str, ranks: Distrib
 def continuations(
     prompts: PromptSet, folder: Path, records: Sequence[Mapping[str, Any]], frame_rate_hz: float
 ) -> list[Sample]:
-    """Convert the records of `continue_folder` to samples; raise a `UserError` if a record has an error."""
+    """Convert the records of `draw_samples` to samples; raise a `UserError` if a record has an error."""
     if failed := [record["error"] for record in records if "error" in record]:
         raise UserError(f"{len(failed):,} samples could not be generated, for example: {failed[0]}")
     by_name = {prompt.name: prompt for prompt in prompts.prompts}

@@ -234,7 +234,9 @@ def comparable_sets(items: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     for conditions, some in items[is_benchmark].groupby("conditions", sort=False):
         yield f"Accuracy, preset {conditions}", some
     for (conditions, _), some in items[~is_benchmark].groupby(["conditions", "data"], sort=False):
-        yield f"Continuations, {conditions}", some
+        tasks = set(some["measure"].str.split("/").str[0])
+        speech = "Speech of texts" if "tts" in tasks else "Continuations"
+        yield f"{'Transcripts' if 'asr' in tasks else speech}, {conditions}", some
 
 
 def published_numbers(items: pd.DataFrame) -> list[Section]:

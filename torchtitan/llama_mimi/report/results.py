@@ -53,6 +53,14 @@ MEASURES = {
     "sStoryCloze/tStoryCloze": _accuracy("tStoryCloze"),
     "prosaudit/english_dev_protosyntax": _accuracy("ProsAudit protosyntax"),
     "prosaudit/english_dev_lexical": _accuracy("ProsAudit lexical"),
+    "asr/wer": MeasureFormat("WER of transcripts (%)", 1),
+    "asr/cer": MeasureFormat("CER of transcripts (%)", 1),
+    "asr/wer_shuffled": MeasureFormat("WER of transcripts, shuffled texts (%)", 1),
+    "asr/wer_gain": MeasureFormat("shuffled WER minus WER of transcripts", 1),
+    "tts/wer": MeasureFormat("WER of speech (%)", 1),
+    "tts/cer": MeasureFormat("CER of speech (%)", 1),
+    "tts/wer_shuffled": MeasureFormat("WER of speech, shuffled texts (%)", 1),
+    "tts/wer_gain": MeasureFormat("shuffled WER minus WER of speech", 1),
     "similarity": MeasureFormat("speaker similarity"),
     "seconds": MeasureFormat("seconds", 2),  # next to the similarity, which depends on the length
     "distillmos": MeasureFormat("DistillMOS (predicted)", 2),
@@ -187,7 +195,8 @@ def _benchmark(report: Mapping[str, Any], system: str) -> tuple[pd.DataFrame, li
     item = number.astype(int).astype(str)
     speaker = pairs.get("speaker", pd.Series("", pairs.index))  # results of earlier commits do not have this column
     credits = {"": pairs["correct"]}  # accuracy of each pair by rule; the primary rule has no name
-    credits |= {f":{rule}": pairs["rules"].map(lambda of, rule=rule: of[rule]["correct"]) for rule in report["rules"]}
+    for rule in report["rules"]:  # pairs without transcripts lack some rules
+        credits[f":{rule}"] = pairs["rules"].map(lambda of, rule=rule: of.get(rule, {}).get("correct", math.nan))
     same = pd.DataFrame(
         {
             "system": system,

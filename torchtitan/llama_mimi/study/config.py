@@ -174,7 +174,7 @@ def _scored(study: Study) -> set[str]:
         script.result_path(options)  # raises a `UserError` for invalid flags
         _, scoring = options.scoring(script.levels)
         has_prompts = script.has_prompts and not scoring.as_released
-        rules = {*scoring.by_levels, *(PROMPT_RULES if has_prompts else ())} - {PRIMARY}
+        rules = {*scoring.by_levels, *(PROMPT_RULES if has_prompts else ()), *script.text_rules} - {PRIMARY}
         parts = {measure for measure in MEASURES if measure.startswith(f"{name}/")}
         root = Path(options.data_dir or "")
         if name in ("salmon", "sStoryCloze") and options.data_dir and root.is_dir():  # a part may be any folder

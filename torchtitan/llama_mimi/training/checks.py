@@ -40,7 +40,10 @@ from llama_mimi.training.loss import level_fractions, level_weights
 FLOAT8 = "quantize.linear.float8"  # name of the converter in TorchTitan
 # Entries that must be equal in the configs of the flavor, a Hugging Face folder and an earlier run (dump_folder).
 MODEL_KEYS = ("model_type", *NETWORK_KEYS, "tie_word_embeddings")
-RECORD_KEYS = (*MODEL_KEYS, "num_quantizers", "codec", "codec_sliding_window", "vocab_size", "text_vocab_size")
+RECORD_KEYS = (
+    *(*MODEL_KEYS, "num_quantizers", "codec", "codec_sliding_window", "vocab_size"),
+    *("text_vocab_size", "text_head"),  # of hierarchical models
+)
 # On a network file system, another node may see a change a minute later (option acdirmax of NFS).
 SECONDS_FOR_NODES_TO_AGREE = 90
 _locks = ExitStack()  # locks that rank 0 keeps until the process ends

@@ -25,7 +25,7 @@ OLD_KEYS = {
     "lr_scheduler.lr_min": "lr_scheduler.min_lr_factor",
     "training.compile": "compile.enable",
     "training.task": "data.tasks",
-    "data.task": "data.tasks ('audio' instead of 'a2a')",
+    "data.task": "data.tasks",
     "training.seed": "debug.seed",
     "training.deterministic": "debug.deterministic",
     "validation.enabled": "validation.enable",
