@@ -149,7 +149,7 @@ def test_level_losses_are_those_of_a_plain_loop():
     ids_L = tokenizer.encode(codes_TQ, is_cut=False)
     loss, sums = loss_of(model, tokenizer, [codes_TQ], 32)
     log_probs_LV = model(ids_L[None, :-1]).compute()[0].log_softmax(-1)
-    expected = torch.zeros(3, 5, dtype=torch.float64)
+    expected = torch.zeros(3, 6, dtype=torch.float64)  # four levels, the end and text
     for position, target in enumerate(ids_L[1:].tolist()):
         if target == tokenizer.vocabulary.audio_start_id:
             continue
