@@ -266,6 +266,6 @@ def test_tasks_are_drawn_by_their_weights_on_any_number_of_ranks(dp_world_size):
 def test_sequences_of_a_mixture_are_full():
     loader, shares = mixed_loader(load("flattened"), batch_size=16, seq_len=1000), []
     pop = loader.packer.pop
-    loader.packer.pop = lambda: [shares.append(np.mean(loader.packer._used_B) / 1000), pop()][1]
+    loader.packer.pop = lambda: [shares.append(loader.packer.num_used / 16_000), pop()][1]
     assert len(list(itertools.islice(loader, 8))) == 8
     assert np.mean(shares) > 0.98

@@ -1,4 +1,4 @@
-"""Measure the data pipeline: reading, encoding, loading, a baseline, and padding.
+"""Measure the data pipeline: reading, encoding, loading, a baseline, padding, and a mixture of tasks.
 
     uv run python scripts/benchmarks/bench_data.py
     uv run python scripts/benchmarks/bench_data.py --corpus my_speech/train.parquet --codec kyutai/mimi
@@ -17,7 +17,7 @@ import time
 import timeit
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from measuring import DEVICE, alternate, machine, median_and_range
-from simulated import random_clips, speech_lengths, write_codes
+from simulated import STORED_LEVELS, random_clips, speech_lengths, write_codes
 
 from llama_mimi.audio.mimi import DTYPES, MimiCodec, load_codec_config, whole_frames
 from llama_mimi.common.command_line import run_command
@@ -35,7 +35,9 @@ from llama_mimi.corpora.clips import AudioClip, AudioReader
 from llama_mimi.corpora.code_shards import CodeCorpus
 from llama_mimi.corpora.formats import open_source
 from llama_mimi.corpora.options import TokenizationOptions
+from llama_mimi.corpora.texts import TextCorpus
 from llama_mimi.corpora.tokenize import tokenize_corpus
+from llama_mimi.corpora.utterances import UtteranceCorpus
 from llama_mimi.data.dataloader import SpeechDataLoader
 from llama_mimi.data.order import ShuffledOrder, Stream
 from llama_mimi.data.packing import BatchPacker
@@ -43,6 +45,7 @@ from llama_mimi.tokens.tokenizer import IGNORE_INDEX, SpeechTokenizer, load_spee
 from llama_mimi.tokens.vocabulary import text_from_codes
 
 GPU_TOKENS_PER_S = 60_000  # useful tokens per second that a 1B training step should reach on one GPU
+WORDS = "the doctor and a farmer of this quiet village walked slowly behind their wonderful horses yesterday"
 BASELINE, CODES, LONG_CODES = "baseline", "shard loader (pack)", "shard loader (pack), simulated lengths of 14 s"
 
 
@@ -70,6 +73,7 @@ def bench_data(flags: DataFlags) -> None:
     with tempfile.TemporaryDirectory() as folder:
         print_rates(flags, Path(folder))
         print_useful_fractions(flags, Path(folder))
+        print_mixture(flags, Path(folder))
 
 
 def audio_reader(corpus: str, codec: MimiCodec) -> AudioReader:
@@ -196,6 +200,47 @@ def print_useful_fractions(flags: DataFlags, folder: Path) -> None:
             useful = [float((labels != IGNORE_INDEX).float().mean()) for _, labels in itertools.islice(batches, 10)]
             cells.append(f"{100 * statistics.mean(useful):.1f} %")
         print(f"| {name} | {len(frames):,} | {frames.mean() / 12.5:.1f} s | {' | '.join(cells)} |")
+    print()
+
+
+def print_mixture(flags: DataFlags, folder: Path) -> None:
+    """Measure the loader on all tasks, with the weights and the batches of config/llama3_2_1b_text_speech.toml.
+
+    Clips have random codes, 14 s on average, and 2.5 random words per second. Documents have 700 words.
+    """
+    config, words = load_codec_config(flags.codec, STORED_LEVELS), np.array(WORDS.split())
+    generator, clips = np.random.default_rng(0), []
+    for number, clip in enumerate(random_clips(speech_lengths(4096), config)):
+        text = " ".join(generator.choice(words, max(1, round(2.5 * clip.seconds))))
+        clips.append(replace(clip, text=text, speaker=str(number // 20)))
+    corpus = write_codes(folder / "mixture", flags.codec, [clips], ["text", "speaker"])
+    documents = "\n".join(" ".join(generator.choice(words, 700)) for _ in range(2000))
+    (folder / "documents.txt").write_text(documents)
+    options: Any = {"max_frames": whole_frames(20, config), "with_text": True}
+    codes = CodeCorpus(corpus, flags.codec, flags.num_quantizers, **options)
+    utterances = UtteranceCorpus(corpus, flags.codec, flags.num_quantizers, **options)
+    texts = TextCorpus(str(folder / "documents.txt"), "text")
+    readers = {"audio": codes, "asr": codes, "tts": codes, "interleaved": utterances, "text": texts}
+    streams = [Stream(task, reader) for task, reader in readers.items()]  # type: ignore[arg-type]
+    packer = BatchPacker(flags.speech_tokenizer(), 16, 2048, is_packed=True, has_positions=True)
+    order = ShuffledOrder(streams, [6, 2, 2, 1, 1], dp_rank=0, dp_world_size=1, shuffle_window=4096, seed=0)
+    batches = iter(SpeechDataLoader(streams, order, packer, tasks=list(readers), workers={"num_workers": 2}))
+    next(batches)
+    rates, used = [], []
+    pop = packer.pop
+
+    def counted() -> Any:
+        used.append(packer.num_used)
+        return pop()
+
+    packer.pop = counted  # type: ignore[method-assign]
+    for _ in range(flags.repeats):
+        start, first = time.perf_counter(), len(used)
+        for _ in itertools.islice(batches, 30):
+            pass
+        rates.append(sum(used[first:]) / (time.perf_counter() - start))
+    percent = 100 * statistics.mean(used) / (16 * 2048)
+    print(f"mixture of five tasks: {median_and_range(rates)} positions/s, {percent:.1f} % of the positions are used")
 
 
 if __name__ == "__main__":

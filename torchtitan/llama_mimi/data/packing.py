@@ -39,8 +39,13 @@ class BatchPacker:
         self.num_frames = 0  # number of frames in the batch
 
     @property
+    def num_used(self) -> int:
+        """Number of used positions of the batch."""
+        return sum(self._used_B)
+
+    @property
     def is_empty(self) -> bool:
-        return not any(self._used_B)
+        return not self.num_used
 
     @property
     def is_full(self) -> bool:
