@@ -21,12 +21,12 @@ from llama_mimi.training.config_file import fits
 
 Flags = dict[str, Any]
 AXES = {"architecture": "{}", "flavor": "{}", "num_quantizers": "Q = {}", "level_weights": "weights {}"}  # labels
-AXES |= {"steps": "{:,} steps"}
+AXES |= {"tasks": "tasks {}", "steps": "{:,} steps"}
 LISTS: Flags = {"architecture": list[Architecture], "flavor": list[str], "num_quantizers": list[int]}  # types of axes
-LISTS |= {"level_weights": list[str]}
+LISTS |= {"level_weights": list[str], "tasks": list[str]}
 # Training settings and flags of eval/ that a study file must not set, because axes or the study set them.
-OWN = {"model.architecture", "model.flavor", "codec.num_quantizers", "loss.level_weights", "job.config_file"}
-OWN |= {"job.dump_folder", "checkpoint.folder", "debug.seed", "model_name", "output_dir", "codes_dir", "name"}
+OWN = {"model.architecture", "model.flavor", "codec.num_quantizers", "loss.level_weights", "data.tasks"}
+OWN |= {"job.config_file", "job.dump_folder", "checkpoint.folder", "debug.seed", "model_name", "output_dir", "codes_dir", "name"}
 
 
 class Variant(NamedTuple):
@@ -36,12 +36,14 @@ class Variant(NamedTuple):
     flavor: str
     num_quantizers: int
     level_weights: str
+    tasks: str  # separated by commas
     steps: int
 
     @property
     def name(self) -> str:
         weights = re.sub(r"[^\w.]+", "_", self.level_weights)
-        return f"{self.architecture}-{self.flavor}-q{self.num_quantizers}-{weights}-{self.steps}"
+        tasks = "" if self.tasks == "audio" else f"-{self.tasks.replace(',', '_')}"
+        return f"{self.architecture}-{self.flavor}-q{self.num_quantizers}-{weights}{tasks}-{self.steps}"
 
 
 class Run(NamedTuple):
@@ -115,6 +117,7 @@ class Study:
         """Return the training settings of a variant, without steps and seed."""
         flags: Flags = {"job.config_file": self.config[variant.architecture], "model.flavor": variant.flavor}
         flags |= {"codec.num_quantizers": variant.num_quantizers, "loss.level_weights": variant.level_weights}
+        flags |= {"data.tasks": variant.tasks}
         if variant.architecture == "flattened":  # sequences have the same audio length for every Q
             base = resolved({"job.config_file": flags["job.config_file"]})
             for section in ("training", "validation"):
@@ -238,6 +241,7 @@ def _variants(study: Study, grid: Flags) -> tuple[Variant, ...]:
             grid.get("flavor") or [base.model.flavor],
             grid.get("num_quantizers") or [base.codec.num_quantizers],
             grid.get("level_weights") or [base.loss.level_weights],
+            grid.get("tasks") or [",".join(base.data.tasks)],
         ):
             variant = Variant(architecture, *values, steps=0)
             flags = study.flags(variant)
