@@ -5,7 +5,7 @@ import torch
 from conftest import TINY
 from transformers import LlamaConfig
 
-from llama_mimi.audio.mimi import MimiCodec, has_sliding_window, is_released
+from llama_mimi.audio.mimi import MimiCodec, has_sliding_window
 from llama_mimi.audio.reading import read_audio
 from llama_mimi.common.errors import UserError
 
@@ -56,10 +56,6 @@ def test_a_checkpoint_says_how_its_codes_were_made():
     assert not has_sliding_window(LlamaConfig(num_quantizers=4))  # a checkpoint of the first release
     for window in (True, False):
         assert has_sliding_window(LlamaConfig(num_quantizers=4, codec_sliding_window=window)) == window
-    config = LlamaConfig(num_quantizers=4, codec_attention="whole")  # old name of the setting
-    assert not is_released(config)
-    with pytest.raises(UserError, match="codec_attention = 'whole'; replace .* by codec_sliding_window = false"):
-        has_sliding_window(config)
 
 
 def test_fewer_levels_are_a_prefix(speech):

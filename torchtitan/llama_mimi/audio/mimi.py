@@ -57,15 +57,11 @@ def whole_frames(seconds: float, config: MimiConfig, setting: str = "data.max_au
 
 def is_released(config: PreTrainedConfig) -> bool:
     """Return True if the config is of Llama-Mimi's first release: the entry for the sliding window is missing."""
-    return not (hasattr(config, "codec_sliding_window") or hasattr(config, "codec_attention"))
+    return not hasattr(config, "codec_sliding_window")
 
 
 def has_sliding_window(config: PreTrainedConfig) -> bool:
     """Return True if a model was trained with a sliding window in the codec; False for Llama-Mimi's first release."""
-    if hasattr(config, "codec_attention"):
-        problem = f"the config of '{config.name_or_path}' has codec_attention = '{config.codec_attention}'"
-        entry = f"codec_sliding_window = {str(config.codec_attention == 'windowed').lower()}"
-        raise UserError(f"{problem}; replace this entry by {entry}")
     return not is_released(config) and config.codec_sliding_window
 
 

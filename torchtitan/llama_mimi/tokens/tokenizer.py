@@ -60,8 +60,8 @@ class SpeechTokenizer:
 
     def encode(self, codes_TQ: torch.Tensor, *, is_cut: bool, text: str | None = None) -> torch.Tensor:
         """Return the ids (L,) of a clip. A cut clip does not end with ``</audio>``. ``text``: transcript."""
-        tail = torch.tensor([] if is_cut else [self.vocabulary.audio_end_id], dtype=torch.long)
-        return torch.cat([torch.tensor(self.prefix_ids(text)), self.vocabulary.ids_from_codes(codes_TQ), tail])
+        ids_L = self.ids(*([] if text is None else [text]), codes_TQ)
+        return ids_L[:-1] if is_cut else ids_L
 
     def ids(self, *parts: str | torch.Tensor) -> torch.Tensor:
         """Return the flattened ids (L,) of a sequence: BOS, then texts and complete clips (codes (T, Q)) in order."""

@@ -228,8 +228,8 @@ def _check_model(job_config: Any) -> None:
     if settings.initial_load_in_hf:
         wanted, found = {"vocab_size": tokenizer.vocabulary.size}, {"vocab_size": base.vocab_size}
         # A folder from prepare_base_model names a codec, but its model was not trained on codes.
-        is_trained = hasattr(base, "codec_sliding_window") or hasattr(base, "codec_attention")
-        if is_trained or (hasattr(base, "num_quantizers") and not hasattr(base, "codec")):
+        is_released = hasattr(base, "num_quantizers") and not hasattr(base, "codec")
+        if is_released or hasattr(base, "codec_sliding_window"):
             wanted["codec.sliding_window"] = codec.sliding_window
             found["codec.sliding_window"] = has_sliding_window(base)
         require_same(found, wanted, assets, remedy)

@@ -18,23 +18,18 @@ import llama_mimi.job_config
 from llama_mimi.common.errors import UserError
 from llama_mimi.training.checks import check_settings
 
-# Replacements of keys and sections of earlier versions and of Llama-Mimi's first release.
+# Replacements of keys and sections of Llama-Mimi's first release.
 OLD_KEYS = {
     "model.num_quantizers": "codec.num_quantizers",
     "model.pretrained": "checkpoint.initial_load_in_hf",
     "lr_scheduler.lr_min": "lr_scheduler.min_lr_factor",
     "training.compile": "compile.enable",
     "training.task": "data.tasks",
-    "data.task": "data.tasks",
     "training.seed": "debug.seed",
     "training.deterministic": "debug.deterministic",
     "validation.enabled": "validation.enable",
     "checkpoint.enable_checkpoint": "checkpoint.enable",
     "float8": "quantize.linear.float8",
-    "codec.attention": "codec.sliding_window",
-    "data.max_bad_share": "data.max_skip_fraction",
-    "data.shuffle_block": "data.shuffle_window",
-    "model.depth_share": "model.depth_train_fraction",
     "evaluation": "the scripts in eval/ after training",
 }
 
