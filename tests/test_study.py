@@ -226,6 +226,38 @@ def test_an_unknown_primary_measure_is_refused(tmp_path, monkeypatch, measure):
         read_study(written(tmp_path, text))
 
 
+TEXT_STORIES = '[benchmarks.sStoryCloze]\ndata_dir = "assets/tiny/benchmarks/storycloze"\n'
+
+
+@pytest.mark.parametrize(
+    ("rule", "tasks", "flag", "is_computed"),
+    [
+        ("text", ["audio,text", "asr,text,tts"], "", True),
+        ("text", ["audio,interleaved", "audio,text"], "", False),  # an interleaved-only model does not predict EOS
+        ("text_ending", ["audio,interleaved", "audio,interleaved,text"], "", True),
+        ("text_ending", ["audio,interleaved", "audio,text"], "", False),
+        ("text", ["audio,text", "asr,text,tts"], 'preset = "original"', False),
+        ("text", ["audio,text", "asr,text,tts"], 'likelihood = "grammar"', False),
+    ],
+)
+def test_a_text_rule_as_primary_needs_the_tasks_of_both_variants(tmp_path, rule, tasks, flag, is_computed):
+    first, second = tasks
+    primary = f'measure = "sStoryCloze/storycloze:{rule}", tasks = "{second}"'
+    changes = {
+        "corpus": ("[[override]]", '"data.text_dataset" = "texts"\n[[override]]'),
+        "tasks": ("num_quantizers = [4, 8]", f'tasks = ["{first}", "{second}"]'),
+        "primary": ('measure = "similarity", num_quantizers = 8', primary),
+        "override": ("num_quantizers = [8]", f'tasks = ["{second}"]'),
+        "stories": ("[generation]", f"{TEXT_STORIES}{flag}\n[generation]"),
+    }
+    path = written(tmp_path, **changes)
+    if is_computed:
+        assert read_study(path).tables[1].primary[0] == f"sStoryCloze/storycloze:{rule}"
+    else:
+        with pytest.raises(UserError, match="which the study does not compute for both variants"):
+            read_study(path)
+
+
 def test_results_are_found_under_the_names_that_the_scripts_give(tmp_path):
     study = read_study(written(tmp_path, a=(SALMON, SALMON + 'limit = 3\nlevels = "0"\n')))
     outputs = {step.name: step.output for step in steps(study, study.runs[0])}

@@ -99,7 +99,7 @@ def _recogniser(options: AsrOptions, ranks: DistributedContext) -> metrics.Measu
         batch_size = options.batch_size or LISTENING_BATCH_SIZES[is_gpu]
         return metrics.transcripts(name, options.language, ranks.device, batch_size)
     model = load_speech_model(name, codec_name=options.codec, device=str(ranks.device), dtype=options.dtype)
-    model.require_task("asr", "eval/asr.py")
+    model.require_task("eval/asr.py", "asr")
     num_rows = options.batch_size or BATCH_SIZES[is_gpu]
 
     def values(batch: Sequence[metrics.Input]) -> Iterator[metrics.Value]:
