@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jiwer
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import TINY, run_here
@@ -26,7 +27,7 @@ from llama_mimi.judging.error_rates import add_error_rates
 from llama_mimi.judging.options import PROMPTS, RECORDINGS, PromptOptions, TextOptions, VoiceOptions
 from llama_mimi.judging.prompts import Prompt, PromptSet, make_prompts
 from llama_mimi.report.estimates import by_measure, estimate, same_items
-from llama_mimi.report.results import read_results
+from llama_mimi.report.results import measure_of, read_results
 
 VALIDATION = str(TINY / "corpus" / "validation-*.parquet")
 RECOGNISER = str(TINY / "recogniser")
@@ -131,6 +132,13 @@ def test_the_tiny_recogniser_has_its_known_error_rate(transcribed):
     expected = crossed_interval([100 * np.array(errors) / np.mean(words)], clusters_N=speakers)
     assert found.interval[:3] == pytest.approx(expected[:3]) and round(found.interval.mean, 1) == 19.4
     assert all(sample["asr/wer_gain"] > 0 for sample in samples)
+
+
+def test_the_interval_of_an_error_rate_begins_at_zero():
+    index = pd.MultiIndex.from_tuples([("", name, name) for name in "abcde"], names=["part", "item", "cluster"])
+    values = pd.DataFrame({"system": [0.0, 0.0, 0.0, 0.0, 400.0]}, index=index)
+    rate, gain = (estimate(values, measure_of(f"tts/{name}")).interval for name in ("wer", "wer_gain"))
+    assert gain.low < 0 == rate.low and rate.high == gain.high > 100
 
 
 def test_two_ranks_and_a_kill_change_no_transcript(transcribed, tmp_path):

@@ -305,7 +305,7 @@ def test_progress_shows_the_seconds_of_new_audio(capsys):
         yield 1, FinishReason.LENGTH
 
     assert len(list(with_progress(drawn(), 2, 10, 12.5))) == 13
-    assert "new audio: 0.9 of 0.9 s [00:01, left: 00:00, real-time factor 1." in capsys.readouterr().err
+    assert "new audio: 0.9 of 0.9 s [00:01, left: 00:00]" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("num_frames", [6, 40])  # a prompt within the window, and a longer one

@@ -48,12 +48,8 @@ ONE_RUN = (
 )
 LEGEND_OF_STUDIES = (
     *LEGEND,
-    f"{RULES} The variance between runs is pooled over all variants of the study. In a row with †, Levene's test "
-    "rejects equal variances (5 %), and each variant has its own variance. With few seeds, the test detects only large "
-    "differences. So a primary difference has a second p-value, without pooling.",
-    "The study file names the primary difference of a table. All other differences are exploratory. A star marks "
-    "a primary difference whose first p-value is at most 0.05, or an exploratory difference with p ≤ 0.05 after the "
-    "adjustment of Benjamini and Hochberg over the exploratory differences of the table. Intervals are not adjusted.",
+    f"{RULES} In a row with †, the variance between runs is not pooled. A star marks p ≤ 0.05. P-values of "
+    "exploratory differences are adjusted; intervals are not. `config/studies/README.md` explains the statistics.",
     "The last table of a section compares the decisions of two runs with different seeds, pair by pair. In the column "
     f"'{ONE_VARIANT}', both runs are of one variant (mean over the variants). In the other columns, one run is of the "
     "first variant, and one run is of the named variant.",
@@ -146,7 +142,9 @@ def comparison(
 
 
 def with_stars(differences: Mapping[str, Mapping[str, Estimate]]) -> dict[str, dict[str, Estimate]]:
-    """Return the differences with their stars; see `LEGEND`. A difference without a p-value does not have a star."""
+    """Return the differences with their stars: p <= `SIGNIFICANCE`, for exploratory differences after the adjustment of
+    Benjamini and Hochberg. A difference without a p-value does not have a star.
+    """
     p_values = {(name, label): one.interval.p_value for name, of in differences.items() for label, one in of.items()}
     tested = [key for key, p in p_values.items() if math.isfinite(p) and not differences[key[0]][key[1]].is_primary]
     adjusted = stats.false_discovery_control([p_values[key] for key in tested]) if tested else []

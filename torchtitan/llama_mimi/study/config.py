@@ -26,16 +26,8 @@ LISTS: Flags = {"architecture": list[Architecture], "flavor": list[str], "num_qu
 LISTS |= {"level_weights": list[str], "tasks": list[str]}
 # Training settings and flags of eval/ that a study file must not set, because axes or the study set them.
 OWN = {"model.architecture", "model.flavor", "codec.num_quantizers", "loss.level_weights", "data.tasks"}
-OWN |= {
-    "job.config_file",
-    "job.dump_folder",
-    "checkpoint.folder",
-    "debug.seed",
-    "model_name",
-    "output_dir",
-    "codes_dir",
-    "name",
-}
+OWN |= {"job.config_file", "job.dump_folder", "checkpoint.folder", "debug.seed"}
+OWN |= {"model_name", "output_dir", "codes_dir", "name"}
 
 
 class Variant(NamedTuple):
