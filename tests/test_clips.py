@@ -95,7 +95,7 @@ def test_a_text_that_leaves_no_room_for_audio_is_skipped(tmp_path, caplog, monke
         loader = build_dataloader(1, 0, builder, job_config, is_validation=is_validation)
         _, labels = next(iter(loader))
         assert (labels != IGNORE_INDEX).flatten(1).any(dim=1).sum() == 2
-        assert "skipped: too long: 'clip-00" in caplog.text and "tokens belong to one sequence" in caplog.text
+        assert "filtered: too long: 'clip-00" in caplog.text and "tokens must stay in one sequence" in caplog.text
 
 
 @pytest.mark.parametrize(("num_clips", "stops"), [(120, False), (40, True)])

@@ -319,7 +319,7 @@ def test_no_run_starts_from_random_weights_in_place_of_a_checkpoint(tmp_path):
     assert not (tmp_path / "checkpoint").exists()
     job_config.training.dataset = "nothing.parquet"
     (tmp_path / "checkpoint").mkdir()
-    with pytest.raises(UserError, match="does not match any Parquet, tar, audio or JSONL file"):
+    with pytest.raises(UserError, match="does not match any Parquet, tar, audio, JSONL or text file"):
         prepare_run(job_config)
     assert (tmp_path / "checkpoint").is_dir(), "a run that does not start moves nothing"
 

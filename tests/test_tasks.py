@@ -1,6 +1,7 @@
 """Training tasks: ids and labels equal a plain construction, and losses equal those of Hugging Face models."""
 
 import itertools
+import json
 from functools import partial
 
 import numpy as np
@@ -205,6 +206,8 @@ def test_a_converted_folder_has_the_losses_of_the_model(kind, tmp_path):
     convert_checkpoint(tmp_path / "run" / "checkpoint", tmp_path / "folder")
     speech = load_speech_model(str(tmp_path / "folder"), device="cpu")
     assert speech.tasks == ["audio", "asr"]
+    saved = json.loads((tmp_path / "folder" / "config.json").read_text())
+    assert saved["architectures"] == ["LlamaForCausalLM" if kind == "flattened" else "CsmForConditionalGeneration"]
     (sequence,) = plain_sequences(tokenizer, "asr", coded(4, "the doctor"))
     ids_L, is_target_L = (torch.tensor(column) for column in zip(*sequence, strict=True))
     (values_L,) = speech.log_likelihoods([ids_L], [is_target_L])

@@ -135,6 +135,9 @@ def changed(position, change):
     return recording([("text", GOOD)]).replace(text, other)
 
 
+TWO_TEXTS = recording([("text", GOOD)]).replace("<|text_start|>", "<|text_start|>no codes<|text_end|><|text_start|>")
+
+
 @pytest.mark.parametrize(
     ("layout", "content", "message"),
     [
@@ -145,6 +148,7 @@ def changed(position, change):
         ("soda", recording([("text", GOOD[:0])]), "of 0 codes does not have"),
         ("soda", recording([("text", GOOD)]).replace("<|audio_end|>", ""), "not a sequence of transcripts and codes"),
         ("soda", "plain text", "not a sequence of transcripts and codes"),
+        ("soda", TWO_TEXTS, "not a sequence of transcripts and codes"),
         ("soda", None, "not a sequence of transcripts and codes"),
         ("tokens", "<audio><5_0></audio>", "of 1 codes does not have one or more whole frames of 8 levels"),
         ("tokens", "<audio><5_1></audio>", "code 0 has level 1 instead of 0"),

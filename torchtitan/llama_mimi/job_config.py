@@ -84,10 +84,11 @@ class Data:
     """Relative numbers of clips (documents, groups of utterances) of the tasks; empty: equal numbers"""
 
     text_dataset: str | None = None
-    """Corpus for the task 'text': folder, file or glob of .txt files (a document per line), .jsonl or .parquet files"""
+    """Corpus for the task 'text': text files (a document per line), or a data set
+    with data.text_column"""
 
     validation_text_dataset: str | None = None
-    """Corpus of text for validation; default: the task 'text' is not validated"""
+    """Corpus of text for validation; if unset, validation skips the task 'text'"""
 
     max_audio_seconds: float = 20.0
     """Maximum length of a clip, in seconds; longer clips are cut after a whole frame and end without </audio>"""
@@ -105,7 +106,7 @@ class Data:
     """Split to read from validation.dataset; needed only if the dataset has several splits"""
 
     validation_clips: int = -1
-    """Total number of validation clips on all ranks, from the start of validation.dataset; -1: all clips"""
+    """Number of validation clips of each task, from the start of validation.dataset, over all ranks; -1: all clips"""
 
     audio_column: str = "audio"
     """Column with audio; each value is a struct with the fields bytes and path"""

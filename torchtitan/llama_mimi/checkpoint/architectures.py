@@ -68,7 +68,7 @@ def load_config(folder: str, what: str) -> tuple[PreTrainedConfig, FolderKind]:
 def speech_config(
     args: LlamaMimiArgs, tokenizer: SpeechTokenizer, codec_name: str, sliding_window: bool = True, **training: Any
 ) -> PreTrainedConfig:
-    """Return the configuration of a speech model. ``training``: additional entries for generation, such as ``task``."""
+    """Return the configuration of a speech model. ``training``: further entries, such as ``tasks``."""
     return KINDS[args.architecture].config(
         args,
         bos_token_id=tokenizer.text_tokenizer.bos_token_id,

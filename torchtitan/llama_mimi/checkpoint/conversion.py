@@ -14,7 +14,7 @@ from llama_mimi.checkpoint.architectures import find_run_record, load_config
 from llama_mimi.checkpoint.csm import codec_state
 from llama_mimi.checkpoint.dcp import find_step, load_model_state
 from llama_mimi.checkpoint.huggingface import save_folder
-from llama_mimi.common.choices import DEFAULT_CODEC, Precision, VocabularyKind
+from llama_mimi.common.choices import DEFAULT_CODEC, TEXT_TARGETS, Precision, VocabularyKind
 from llama_mimi.common.command_line import print_next
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import read_json, write_atomically
@@ -50,10 +50,13 @@ def convert_checkpoint(checkpoint: Path, output_dir: Path, dtype: Precision = "f
     model.tie_weights()
     model.config.dtype = DTYPES[dtype]
     special_ids = {f"{role}_token_id": getattr(config, f"{role}_token_id") for role in ("bos", "eos", "pad")}
+    tokenizer = load_pretrained(AutoTokenizer, str(record), what="tokenizer")
+    if {*TEXT_TARGETS} & {*getattr(config, "tasks", ())} and args.architecture == "flattened":
+        special_ids["eos_token_id"] = [config.eos_token_id, tokenizer.eos_token_id]
     model.generation_config = GenerationConfig(**special_ids, **SAMPLING)
     if hasattr(model, "depth_decoder"):
         model.depth_decoder.generation_config = GenerationConfig(**SAMPLING)
-    save_folder(output_dir, model, load_pretrained(AutoTokenizer, str(record), what="tokenizer"))
+    save_folder(output_dir, model, tokenizer)
 
     num_parameters = model.num_parameters()
     facts = {"config": config, "args": args, "num_parameters": num_parameters, "step": step, "dtype": dtype}

@@ -95,7 +95,7 @@ def save_folder(folder: Path, model: PreTrainedModel | PreTrainedConfig, tokeniz
     if "dtype" in config:
         config["torch_dtype"] = config["dtype"]
     if config["model_type"] == "csm":
-        config["tie_word_embeddings"] = False
+        config |= {"tie_word_embeddings": False, "architectures": ["CsmForConditionalGeneration"]}
 
     tokens = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     if tokens["tokenizer_class"] == "TokenizersBackend":

@@ -90,7 +90,7 @@ class AudioReader:
                 if (reason := self.row_filter.of_values(row)) is not None:
                     return [SkippedClip(reason, name, is_filtered=True)]
                 if self.with_text and not row.get("text"):
-                    return [SkippedClip("no text", f"'{name}' has no text")]
+                    return [SkippedClip("no text", f"'{name}' has no text", is_filtered=True)]
             if self.splits:
                 return self._split(row)
             return [self._clip(name, read_row(row, self.sample_rate_hz, max_seconds=self._max_seconds), row)]

@@ -108,7 +108,7 @@ class CodeCorpus:
         """Convert a row, as returned by `read`, to a list of one clip."""
         text = row.get("text")
         if self.with_text and not text:
-            return [SkippedClip("no text", f"'{row['id']}' has no text")]
+            return [SkippedClip("no text", f"'{row['id']}' has no text", is_filtered=True)]
         codes_TQ = row["codes"][: self.max_frames].copy()  # a view would keep the unit in memory
         is_cut = row["is_cut"] or len(codes_TQ) < len(row["codes"])
         return [CodedClip(row["id"], codes_TQ, 0.0, is_cut, text)]
@@ -125,7 +125,7 @@ class CodeCorpus:
             del own["sliding_window"]
         require_same({"codec": made_by}, {"codec": own}, what, remedy)
         if self.with_text and "text" not in self.manifest["columns"]:
-            raise UserError(f"{what} does not contain text; set data.tasks to ['audio']")
+            raise UserError(f"{what} does not contain text; remove the tasks that need text from data.tasks")
         sizes = sizes_in(self.name)
         for shard in self.manifest["shards"]:
             if (size := sizes.get(shard["file"])) != shard["bytes"]:

@@ -6,7 +6,7 @@ from types import MappingProxyType
 from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.files import file_system, find_files
 from llama_mimi.corpora.folder import FolderSource
-from llama_mimi.corpora.manifest import ManifestSource
+from llama_mimi.corpora.manifest import LineSource, ManifestSource
 from llama_mimi.corpora.parquet import ParquetSource
 from llama_mimi.corpora.source import CORPUS_ENDINGS, HUB, Columns, Source, choose_split, splits_in
 from llama_mimi.corpora.tar import TarSource
@@ -14,13 +14,15 @@ from llama_mimi.corpora.tar import TarSource
 PARQUET_ENDINGS = (".parquet", ".pq")
 SAVED = ("state.json", "dataset_dict.json")  # files of `Dataset.save_to_disk` and `DatasetDict.save_to_disk`
 # Formats by file ending. The first format with a file in the folder is used: a folder of Parquet files may also contain
-# the audio files that they name, and a folder of audio may contain JSON lines. TarSource refuses compressed tars.
+# the audio files that they name, and a folder of audio may contain JSON lines and texts. TarSource refuses compressed
+# tars.
 FORMATS: dict[tuple[str, ...], Callable[..., Source]] = {
     PARQUET_ENDINGS: ParquetSource,
     (".tar",): TarSource,
     CORPUS_ENDINGS: FolderSource,
     (".jsonl",): ManifestSource,
     (".tar.gz", ".tgz"): TarSource,
+    (".txt",): LineSource,
 }
 # Hub id, config and split of named corpora. On the hub and in a local download their files are
 # <config>/<split>-*.parquet or <config>/<split>/*.parquet, with the columns audio and text.
@@ -50,11 +52,12 @@ def open_source(
     extra_columns: Mapping[str, str] = MappingProxyType({}),
     split: str | None = None,
 ) -> Source:
-    """Open a corpus of audio; raise a `UserError` if it does not exist, has several splits, or lacks a column.
+    """Open a corpus of audio or text; raise a `UserError` if it does not exist, has several splits, or lacks a column.
 
     Args:
         dataset: a name in `CORPORA`, a path, a glob, ``hf:owner/name`` or ``hf:owner/name:config``.
         dataset_path: local download of a named corpus; if None, the corpus is streamed from the hub.
+        audio_column: column of audio; if "", audio is not read.
         text_column: column of transcripts; if None, texts are not read.
         extra_columns: optional columns by role, such as "speaker".
         split: split to read, if the folder or hub id has several splits.
@@ -107,7 +110,7 @@ def corpus_files(dataset: str, dataset_path: str | None, split: str | None) -> t
     if dataset in RELEASED_NAMES:
         problem = f"'{dataset}' is a dataset name of the first release of Llama-Mimi"
         raise UserError(f"{problem}; set dataset to {RELEASED_NAMES[dataset]}")
-    problem = f"the dataset '{dataset}' does not match any Parquet, tar, audio or JSONL file"
+    problem = f"the dataset '{dataset}' does not match any Parquet, tar, audio, JSONL or text file"
     remedy = f"choose a path, a glob, {HUB}owner/name, or one of these corpora: {', '.join(CORPORA)}"
     raise UserError(f"{problem}; {remedy}")
 

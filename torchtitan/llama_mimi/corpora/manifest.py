@@ -8,7 +8,7 @@ from typing import Any
 
 from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.files import digest, file_system
-from llama_mimi.corpora.source import ROWS_PER_UNIT, Columns, Row, Source, Unit, parse_object, reading, slices
+from llama_mimi.corpora.source import ROWS_PER_UNIT, Columns, Row, Source, Unit, Values, parse_object, reading, slices
 
 AUDIO_KEY = "audio_filepath"
 
@@ -26,7 +26,7 @@ class ManifestSource(Source):
         self.fingerprint = digest([self._scan(file) for file in files])
         if not self.units:
             raise UserError(f"the dataset '{name}' has no rows; choose another dataset")
-        found = map(parse_object, self._lines(0))
+        found = map(self._parse, self._lines(0))
         keys = dict.fromkeys(str(key) for values in found if isinstance(values, dict) for key in values)
         self._audio_key = wanted.audio if wanted.audio in keys else AUDIO_KEY
         self._choose_columns(keys, ("text",) if self._audio_key in keys else ("audio", "text"))
@@ -34,7 +34,7 @@ class ManifestSource(Source):
     def rows(self, unit: int, start: int = 0) -> Iterator[Row]:
         file, first, _ = self.units[unit].place
         for number, line in enumerate(self._lines(unit)[start:], first + start):
-            values, part, audio, row_id = parse_object(line), {}, None, None
+            values, part, audio, row_id = self._parse(line), {}, None, None
             if isinstance(values, dict):
                 audio, row_id = values.get(self._audio_key), values.get("id")
                 try:
@@ -61,12 +61,22 @@ class ManifestSource(Source):
             self.units.append(Unit(end - start, last - first, (file, first, start)))
         return sha256.hexdigest()
 
+    def _parse(self, line: bytes) -> Values | str:
+        return parse_object(line)
+
     def _lines(self, unit: int) -> list[bytes]:
         file, _, start = self.units[unit].place
         fs, bare = file_system(file)
         with reading(file, "manifest"):
             content = fs.read_block(bare, start, self.units[unit].num_bytes)
         return [line for line in content.split(b"\n") if line.strip()]
+
+
+class LineSource(ManifestSource):
+    """Source for text files: each line is a row with only a text. Blank lines are ignored."""
+
+    def _parse(self, line: bytes) -> Values | str:
+        return {str(self._wanted.text): line.rstrip(b"\r")}
 
 
 def _seconds(value: Any) -> float | None:

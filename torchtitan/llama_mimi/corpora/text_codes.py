@@ -13,7 +13,7 @@ The code c at level q is the character ``0xE000 + K * q + c``, for K codes per l
 outside the private use area, and Unicode normalisation changes some of them. Each recording has two rows: the text is
 first in row ``<id>_type1``, and the audio is first in row ``<id>_type2``. Sources: audio_vocab.py and
 preprocess_audio.py in experiments/audio of the repository potsawee/marin; pretraining-data/prepare_pretraining_data.py
-and emilia-mimi/process_shard.py in potsawee/tokenize-audio. No file of the published corpora was read.
+and emilia-mimi/process_shard.py in potsawee/tokenize-audio. The published corpora were not read.
 """
 
 import hashlib
@@ -29,7 +29,8 @@ from llama_mimi.corpora.formats import open_source
 from llama_mimi.corpora.options import ImportOptions
 from llama_mimi.corpora.source import Row
 
-UTTERANCE = re.compile(r"<\|text_start\|>(.*?)<\|text_end\|><\|audio_start\|>([^<]*)<\|audio_end\|>", re.DOTALL)
+TEXT = r"<\|text_start\|>((?:(?!<\|text_).)*)<\|text_end\|>"
+UTTERANCE = re.compile(TEXT + r"<\|audio_start\|>([^<]*)<\|audio_end\|>", re.DOTALL)
 CLIP = re.compile(r"<audio>((?:<\d{1,9}_\d{1,9}>)*)</audio>")
 Clips = list[tuple[str | None, np.ndarray]]  # transcripts and codes (T, Q)
 

@@ -8,7 +8,7 @@ from llama_mimi.corpora.code_shards import CodeCorpus, CodedClip
 from llama_mimi.corpora.source import Row
 
 CLIPS_PER_BLOCK = 16  # maximum number of consecutive utterances
-LEFT_OUT = "interleaved without clips that have no text or are cut"
+FILTERED = "interleaved without some clips: they lack a transcript, or are cut"
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Utterances:
 class UtteranceCorpus(CodeCorpus):
     """Reader of a tokenised corpus. A row of this reader is a block of 16 consecutive clips of a row group.
 
-    The clips of a block have the order of the corpus before tokenisation. A run ends if the speaker changes, and at a
-    clip that is left out: a clip without a text, or a clip that was cut.
+    The clips of a block have the order of the corpus before tokenisation. A run ends if the speaker changes. Clips that
+    lack a transcript or are cut are filtered, and also end a run.
     """
 
     def __post_init__(self) -> None:
@@ -55,6 +55,7 @@ class UtteranceCorpus(CodeCorpus):
             runs[-1].append(clip)
             previous = part["speaker"]
         if not runs:
-            return [SkippedClip("no text", f"'{row['id']}' and the next clips have no text, or are cut")]
+            problem = f"'{row['id']}' and the next clips lack a transcript, or are cut"
+            return [SkippedClip("no text", problem, is_filtered=True)]
         is_whole = sum(map(len, runs)) == len(row["rows"])
-        return [Utterances(row["id"], runs, audio_warnings=() if is_whole else (LEFT_OUT,))]
+        return [Utterances(row["id"], runs, audio_warnings=() if is_whole else (FILTERED,))]

@@ -97,7 +97,7 @@ def _open_audio(job_config: Any, section: Any, task: Task) -> tuple[list[Any], l
         usable = [name for name in names if {*needed} <= {*read_manifest(name)["columns"]}]
         if left_out := ", ".join(name for name in names if name not in usable):
             logger.info(f"the task '{task}' does not use {left_out}, because these corpora lack {' or '.join(needed)}")
-        names = usable or names[:1]  # opening a corpus without text or speakers raises an error
+        names = usable or names[:1]  # to raise the error of a corpus without text or speakers
     readers: list[Any] = []
     for name in names:
         if is_store(name):

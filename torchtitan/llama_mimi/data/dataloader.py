@@ -85,7 +85,7 @@ class SpeechDataLoader(BaseDataLoader):
     meter: DataMeter = field(default_factory=DataMeter)
 
     def __post_init__(self) -> None:
-        self.counts: Counter[str] = Counter()  # clips read, cut, and skipped by reason
+        self.counts: Counter[str] = Counter()  # clips read, cut, and skipped or filtered by reason
         self.num_clips = sum(int(stream.reader.rows_per_unit.sum()) for stream in self.streams)
         self.meter.num_clips = self.meter.num_frames = 0
         self._builder = ExampleBuilder(self.packer.tokenizer)
@@ -100,7 +100,8 @@ class SpeechDataLoader(BaseDataLoader):
                 example = self._builder.build(task, clip, starts_with_text=(ref.window + ref.row) % 2 == 0)
                 is_too_long = task == "asr" and clip.is_cut
                 why = "its audio is cut, but not its text" if is_too_long else packer.no_room(example)
-                clip = clip if why is None else SkippedClip("too long", f"'{clip.name}' cannot be used: {why}")
+                if why is not None:
+                    clip = SkippedClip("too long", f"'{clip.name}' cannot be used: {why}", is_filtered=True)
             if not ref.start:  # a clip is counted once, with its first frame
                 self._count(clip)
             num_units = 0 if isinstance(clip, SkippedClip) else len(example.ends_U)
@@ -175,7 +176,7 @@ class SpeechDataLoader(BaseDataLoader):
                 assert self.order.next_clip()[:4] == ref[:4], "the clips are not in order"
 
     def _next_batch(self) -> Batch:
-        self.meter.num_clips = self.counts["read"] - self.counts["skipped"]
+        self.meter.num_clips = self.counts["read"] - self.counts["skipped"] - self.counts["filtered"]
         self.meter.num_frames += self.packer.num_frames
         return self.packer.pop()
 
@@ -184,8 +185,9 @@ class SpeechDataLoader(BaseDataLoader):
         counts = self.counts
         counts["read"] += 1
         if isinstance(clip, SkippedClip):
-            counts["skipped"] += 1
-            notes = {f"skipped: {clip.reason}": clip.message}
+            kind = "filtered" if clip.is_filtered else "skipped"
+            counts[kind] += 1
+            notes = {f"{kind}: {clip.reason}": clip.message}
         else:
             counts["cut at max_audio_seconds"] += clip.is_cut
             notes = dict.fromkeys(clip.audio_warnings, f"'{clip.name}'")
@@ -202,11 +204,13 @@ class SpeechDataLoader(BaseDataLoader):
 
     def _judge(self, *, is_end: bool) -> None:
         """Raise a `UserError` if all clips are unusable, or if more clips are unusable than allowed."""
-        read, skipped = self.counts["read"], self.counts["skipped"]
-        is_none = skipped == read >= min(MIN_JUDGED_CLIPS, self.num_clips)
+        read, skipped, filtered = (self.counts[key] for key in ("read", "skipped", "filtered"))
+        is_none = skipped + filtered == read >= min(MIN_JUDGED_CLIPS, self.num_clips)
         is_whole, limit = self.order.dp_world_size == 1, self.max_skip_fraction
         if is_none or is_too_many(skipped, read, limit, is_end=is_end, is_whole=is_whole):
-            reasons = ", ".join(f"{n} {key[9:]}" for key, n in self.counts.items() if key.startswith("skipped: "))
-            problem = f"{skipped} of {read} clips of '{self.dataset}' could not be used ({reasons})"
+            kinds = ("skipped: ", "filtered: ") if is_none else ("skipped: ",)
+            found = {key: n for key, n in self.counts.items() if key.startswith(kinds)}
+            reasons = ", ".join(f"{n} {key.partition(': ')[2]}" for key, n in found.items())
+            problem = f"{sum(found.values())} of {read} clips of '{self.dataset}' could not be used ({reasons})"
             remedy = "repair or remove these clips" + ", or raise data.max_skip_fraction" * (limit < 1)
             raise UserError(f"{problem}, and data.max_skip_fraction is {limit:g}; {remedy}")

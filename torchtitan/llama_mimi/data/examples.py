@@ -40,18 +40,20 @@ class ExampleBuilder:
         self._ids_QK = tokenizer.vocabulary.admissible_ids(torch.device("cpu")).numpy()[:, :-1]  # token of each code
         self._bos_1W = self._rows([tokenizer.text_tokenizer.bos_token_id])
         self._start_1W = self._rows([tokenizer.vocabulary.audio_start_id])
+        self._eos_1W = self._rows([tokenizer.text_tokenizer.eos_token_id])
+        self._newline_NW = self._text("\n")
 
     def build(self, task: Task, clip: Encoded, *, starts_with_text: bool = False) -> Example:
         """Build an example. ``starts_with_text``: the first of several utterances is a text (task "interleaved")."""
         if isinstance(clip, Utterances):
             return self._interleave(clip, starts_with_text)
-        text_NW = self._text("" if task == "audio" else clip.text or "")
+        text_NW = self._rows([]) if task == "audio" else self._text(clip.text or "")
         if isinstance(clip, TextClip):
-            ids_NW = np.concatenate([text_NW, self._eos()]) if clip.text.strip() else text_NW[:0]
+            ids_NW = np.concatenate([text_NW, self._eos_1W]) if clip.text.strip() else text_NW[:0]
             return Example(self._bos_1W, ids_NW, _labels(ids_NW), np.arange(1, len(ids_NW) + 1))
         audio_NW, num_frames = self._audio(clip), len(clip.codes_TQ)
         if task == "asr":
-            ids_NW = np.concatenate([audio_NW, text_NW, self._eos()])
+            ids_NW = np.concatenate([audio_NW, text_NW, self._eos_1W])
             labels_NW = _labels(ids_NW)
             labels_NW[: len(audio_NW)] = IGNORE_INDEX
             prefix_NW = np.concatenate([self._bos_1W, self._start_1W])
@@ -70,7 +72,7 @@ class ExampleBuilder:
             for number, clip in enumerate(run):
                 is_text = starts_with_text == (number % 2 == 0)
                 ids += [self._text(clip.text or "")] if is_text else [self._start_1W, self._audio(clip)]
-                ids.append(self._text("\n"))
+                ids.append(self._newline_NW)
                 if number % 2 or number == len(run) - 1:
                     ends.append(sum(map(len, ids)))
         ids_NW = np.concatenate(ids)
@@ -83,9 +85,6 @@ class ExampleBuilder:
 
     def _text(self, text: str) -> np.ndarray:
         return self._rows(text_ids(self._tokenizer.text_tokenizer, text))
-
-    def _eos(self) -> np.ndarray:
-        return self._rows([self._tokenizer.text_tokenizer.eos_token_id])
 
     def _audio(self, clip: CodedClip) -> np.ndarray:
         """Return the rows of the codes and, if the clip is not cut, of ``</audio>``."""

@@ -48,7 +48,7 @@ class BegunWindow:
 
     window: int
     rows_used: int = 0
-    frames_used: int = 0  # used frames (or other units) of the next row
+    frames_used: int = 0  # used units of the next row (frames of a clip; see `ExampleBuilder`)
 
 
 @dataclass

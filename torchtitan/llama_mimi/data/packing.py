@@ -11,8 +11,8 @@ class BatchPacker:
     """Packer that writes examples into the sequences of a batch.
 
     In a packed sequence, the positions of each example begin at 0, and attention uses them to separate examples. An
-    example is written to the first sequence with room. If only some of its units fit, the other units follow in the
-    next sequence after the prefix. A batch is full when the next example does not fit into any of its sequences.
+    example is written to the first sequence with room. If only some of its units fit, the other units follow in
+    another sequence, after the prefix. A batch is full when the next example does not fit into any of its sequences.
 
     Args:
         is_packed: if True, write several examples to a sequence, else one example.
@@ -61,7 +61,7 @@ class BatchPacker:
         length = len(example.prefix_NW) + int(units_U.max(initial=0)) - 1
         if length <= self._seq_len:
             return None
-        return f"{length:,} tokens belong to one sequence, but a sequence has {self._seq_len:,}"
+        return f"{length:,} tokens must stay in one sequence; raise training.seq_len ({self._seq_len:,})"
 
     def add(self, example: Example, start: int = 0, task: int = 0) -> int:
         """Write the units from ``start`` on to the first sequence with room; return the first unit that is not written.
@@ -81,7 +81,7 @@ class BatchPacker:
                 if used or room <= 0:
                     continue
                 last, end, self.num_cut = stop, first + room, self.num_cut + 1
-            if last <= start or used == self._seq_len:
+            if last <= start:
                 continue
             self._write(row, prefix_NW, example.ids_NW[first:end], example.labels_NW[first:end], task)
             return last
@@ -93,7 +93,7 @@ class BatchPacker:
         self._inputs_BLW[row, start:end] = ids_NW[:-1]
         self._labels_BLW[row, labels_start:end] = labels_NW
         self._tasks_BL[row, start:end] = task
-        self._positions_BL[row, end:] = np.arange(self._seq_len - end)  # those of the next example begin at 0
+        self._positions_BL[row, end:] = np.arange(self._seq_len - end)  # the positions of the next example begin at 0
         is_audio_N = self.tokenizer.vocabulary.is_audio(torch.from_numpy(ids_NW[:, 0]))
         self.num_frames += int(is_audio_N.sum()) // self.tokenizer.positions_per_frame
         self._used_B[row] = end if self._is_packed else self._seq_len

@@ -82,7 +82,7 @@ RULES: list[tuple[str, Callable[[Any, Any], Any], str]] = [
     ("data.tasks", lambda v, c: v == ["audio"] or c.model.vocabulary != "audio", "set model.vocabulary to 'llama'"),
     ("data.task_weights", lambda v, c: len(v) in (0, len(c.data.tasks)), "set one number for each task"),
     ("data.task_weights", lambda v, c: all(0 < w < math.inf for w in v), "set positive, finite numbers"),
-    ("data.text_dataset", lambda v, c: v or "text" not in c.data.tasks, "set a corpus for the task 'text'"),
+    ("data.text_dataset", lambda v, c: v or "text" not in c.data.tasks, "set a corpus: data.tasks contains 'text'"),
     ("data.weights", lambda v, c: len(v) in (0, len(dataset_names(c.training))), "set one number for each corpus"),
     ("data.weights", lambda v, c: all(0 < w < math.inf for w in v), "set positive, finite numbers"),
     ("validation.steps", lambda v, c: v == -1, "set -1, and limit the clips with data.validation_clips"),
