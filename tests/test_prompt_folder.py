@@ -78,7 +78,7 @@ def test_each_prompt_is_continued(whole):
 
 def test_samples_without_new_audio_are_counted():
     records = [{"frames": 0}, {"frames": 2}, {"error": "x"}]
-    assert without_new_audio(records) == "; 1 has no new audio, because the model ended the speech at once"
+    assert without_new_audio(records) == "; samples without new audio, because the model ended at once: 1"
     assert without_new_audio(records[1:]) == ""
 
 

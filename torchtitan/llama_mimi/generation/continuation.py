@@ -50,8 +50,7 @@ def print_cut_prompts(model: SpeechModel, options: SamplingOptions, num_frames: 
     window, rate_hz = for_model(options, model).window_frames, model.codec.frame_rate_hz
     if number := sum(frames >= window for frames in num_frames):
         seen = f"the first {window // 4 / rate_hz:.1f} s and the last {window // 2 / rate_hz:.1f} s"
-        fill = "prompt fills" if number == 1 else "prompts fill"
-        problem = f"{number:,} {fill} the model's context of {window / rate_hz:.1f} s"
+        problem = f"prompts that fill the model's context of {window / rate_hz:.1f} s: {number:,}"
         print(f"{problem}; the model sees only {seen} of each of these prompts", flush=True)
 
 

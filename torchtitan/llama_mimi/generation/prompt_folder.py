@@ -147,8 +147,7 @@ def draw_samples(
 def without_new_audio(records: Sequence[Mapping[str, Any]]) -> str:
     """Return a clause with the number of samples without new audio, or "" if every sample has new audio."""
     number = sum(record.get("frames") == 0 for record in records)
-    have = "has" if number == 1 else "have"
-    return f"; {number:,} {have} no new audio, because the model ended the speech at once" if number else ""
+    return f"; samples without new audio, because the model ended at once: {number:,}" if number else ""
 
 
 def describe_model(model_name: str, model: SpeechModel) -> Record:

@@ -28,19 +28,16 @@ def add_error_rates(
     American spellings, which transformers does not contain, so spellings are not unified.
     """
     is_english = language in (None, "en")
-    normaliser = EnglishTextNormalizer({}) if is_english else BasicTextNormalizer()
-
-    def normalise(text: str) -> str:
-        return normaliser(text).strip()  # `BasicTextNormalizer` replaces final punctuation by a space
-
+    normalise = EnglishTextNormalizer({}) if is_english else BasicTextNormalizer()
     raw = {prompt.name: prompt.text for prompt in prompts.prompts}
-    texts = {name: normalise(text) for name, text in raw.items()}
+    # `BasicTextNormalizer` replaces final punctuation by a space.
+    texts = {name: normalise(text).strip() for name, text in raw.items()}
     order = sorted(texts, key=lambda name: sha256(name.encode()).digest())
     others = dict(zip(order, order[1:] + order[:1], strict=True))
     mean_words = max(fmean(len(text.split()) for text in texts.values()), 1)
     mean_characters = max(fmean(map(len, texts.values())), 1)
     for record in records:
-        text, found = texts[record["prompt"]], normalise(record.get("text", ""))
+        text, found = texts[record["prompt"]], normalise(record.get("text", "")).strip()
         words, characters = jiwer.process_words(text, found), jiwer.process_characters(text, found)
         shuffled = jiwer.process_words(texts[others[record["prompt"]]], found)
         wer, wer_shuffled = 100 * _errors(words) / mean_words, 100 * _errors(shuffled) / mean_words

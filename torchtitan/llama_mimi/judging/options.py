@@ -60,11 +60,6 @@ class CorpusOptions:
     speaker_column: str = "speaker"
     limit: int | None = None  # maximum number of recordings, chosen by a hash of their names; default: all
 
-    @property
-    def min_seconds(self) -> float:
-        """Minimum length of a recording, in seconds."""
-        return MIN_SECONDS
-
 
 @dataclass(frozen=True, kw_only=True)
 class PromptOptions(CorpusOptions):
@@ -82,6 +77,7 @@ class PromptOptions(CorpusOptions):
 
     @property
     def min_seconds(self) -> float:
+        """Minimum length of a recording, in seconds."""
         return 2 * self.prompt_seconds if self.recording_seconds is None else self.recording_seconds
 
 

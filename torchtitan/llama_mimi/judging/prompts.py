@@ -24,6 +24,7 @@ from llama_mimi.corpora.formats import open_source
 from llama_mimi.corpora.source import Row, Source
 from llama_mimi.judging.options import (
     MAX_RECORDING_SECONDS,
+    MIN_SECONDS,
     PROMPTS,
     RECORDINGS,
     CorpusOptions,
@@ -110,6 +111,7 @@ def _files_sha256(folder: Path) -> str:
 def _write_prompts(folder: Path, options: CorpusOptions, max_seconds: float) -> tuple[list[Prompt], Counter[str], str]:
     """Write prompts and recordings; return prompts in corpus order, counts of skipped rows, and a hash of the files."""
     text_column = options.text_column if isinstance(options, TextOptions) else None
+    min_seconds = options.min_seconds if isinstance(options, PromptOptions) else MIN_SECONDS
     for part in (PROMPTS, RECORDINGS):
         if (folder / part).exists():
             raise UserError(f"'{folder / part}' exists without {MANIFEST}; remove the folder, or {NEW_FOLDER}")
@@ -144,7 +146,7 @@ def _write_prompts(folder: Path, options: CorpusOptions, max_seconds: float) -> 
             skipped[error.reason] += 1
             num_unreadable += error.reason != "too short"
             continue
-        if waveform.seconds < options.min_seconds:
+        if waveform.seconds < min_seconds:
             skipped["too short"] += 1
             continue
         speaker = "" if row.get("speaker") is None else str(row["speaker"])
@@ -171,7 +173,7 @@ def _write_prompts(folder: Path, options: CorpusOptions, max_seconds: float) -> 
     if not drawn:
         if skipped["no text"] and not num_read:
             raise UserError(f"the column '{text_column}' of '{options.corpus}' is empty; set another --text_column")
-        problem = f"'{options.corpus}' lacks a readable recording of {options.min_seconds:g} to {max_seconds:g} s"
+        problem = f"'{options.corpus}' lacks a readable recording of {min_seconds:g} to {max_seconds:g} s"
         remedy = "reduce --recording_seconds and --prompt_seconds, or " * isinstance(options, PromptOptions)
         raise UserError(f"{problem}; {remedy}add recordings of this length")
     prompts = [prompt for _, _, prompt in sorted(drawn, key=lambda one: one[1])]

@@ -33,14 +33,12 @@ ONE_VARIANT = "one variant"
 PUBLISHED = ROOT / "eval" / "published.toml"
 RULES = "Accuracies with the name of a rule, such as 'level 0', use a further scoring rule (see `eval/README.md`)."
 LEGEND = (
-    "Accuracies are in percent. A cell begins with a mean over runs (seeds) and items. An item is a pair, a group of "
-    "pairs, or a prompt; n is the number of items. The brackets contain a 95 % confidence interval (Student's t), "
-    "which includes the variation between runs and the variation between items. If speakers are known, the items of "
-    "one speaker form a cluster. A cell without brackets has equal values, "
+    "Accuracies are in percent. A cell begins with a mean over runs (seeds) and n items (pairs, groups of pairs, or "
+    "prompts). The brackets contain a 95 % confidence interval (Student's t). The interval includes the variation "
+    "between runs and between items, or between speakers if they are known. A cell without brackets has equal values, "
     "too few values, or values of one speaker.",
     "A number with a sign is the difference from the first model. For perplexities, the ratio is shown instead. A "
-    "difference uses the items for which both models have values, so it can deviate from the difference of the two "
-    "means. If the number of items of a mean or of a difference is not n, the cell states the number.",
+    "difference uses the items for which both models have values. A cell states the number of items if it is not n.",
 )
 ONE_RUN = (
     "Each model is one run. One run cannot show the variation between seeds: the intervals include only the variation "
@@ -57,8 +55,7 @@ LEGEND_OF_STUDIES = (
 SUMMARY = (
     "Accuracies are in percent. The brackets contain a 95 % interval over n items: for accuracies, Wilson's interval "
     "over words, sentences or pairs; for other measures, Student's t over prompts, or over speakers if they are known. "
-    "Each system is one run, and one run cannot show the variation between seeds. The preset 'original' counts each "
-    f"voice as a pair. {RULES}"
+    f"Each system is one run. The preset 'original' counts each voice as a pair. {RULES}"
 )
 
 
