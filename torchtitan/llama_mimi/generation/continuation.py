@@ -89,8 +89,8 @@ def with_progress(drawn: Drawn, num_samples: int, max_frames: int, frame_rate_hz
     The time left assumes the maximum length for every sample. When a sample ends earlier, the shown total decreases.
     """
     num_new, bar = [0] * num_samples, "{desc}: {n:.1f} of {total:.1f} s [{elapsed}, left: {remaining}]"
-    shown: dict[str, Any] = {"unit_scale": 1 / frame_rate_hz, "bar_format": bar, "leave": None, "delay": 1}
-    with tqdm(desc="new audio", total=num_samples * max_frames, disable=not is_first_rank(), **shown) as progress:
+    shown: dict[str, Any] = {"desc": "new audio", "unit_scale": 1 / frame_rate_hz, "bar_format": bar, "leave": None}
+    with tqdm(total=num_samples * max_frames, disable=not is_first_rank(), delay=1, mininterval=1, **shown) as progress:
         for number, new in drawn:
             if isinstance(new, FinishReason):
                 progress.total -= max_frames - num_new[number]
