@@ -47,10 +47,8 @@ ONE_RUN = (
 LEGEND_OF_STUDIES = (
     *LEGEND,
     f"{RULES} In a row with †, the variance between runs is not pooled. A star marks p ≤ 0.05. P-values of "
-    "exploratory differences are adjusted; intervals are not. `config/studies/README.md` explains the statistics.",
-    "The last table of a section compares the decisions of two runs with different seeds, pair by pair. In the column "
-    f"'{ONE_VARIANT}', both runs are of one variant (mean over the variants). In the other columns, one run is of the "
-    "first variant, and one run is of the named variant.",
+    "exploratory differences are adjusted; intervals are not. `config/studies/README.md` explains the statistics "
+    "and the tables. Bits of models with different numbers of levels are not comparable.",
 )
 SUMMARY = (
     "Accuracies are in percent. The brackets contain a 95 % interval over n items: for accuracies, Wilson's interval "
