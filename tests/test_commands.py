@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -17,14 +16,12 @@ import demo
 import fsspec
 import pytest
 import torch
-from conftest import ROOT, next_command
+from conftest import ROOT
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from llama_mimi.audio.reading import Waveform, wav_writer, write_wav
-from llama_mimi.common.command_line import REPORT, report_errors
+from llama_mimi.common.command_line import report_errors
 from llama_mimi.common.errors import UserError
-from llama_mimi.evaluation.options import EvaluationOptions
-from llama_mimi.evaluation.script import PROSAUDIT, SALMON, SLM21, STORYCLOZE
 from llama_mimi.generation import loading
 from llama_mimi.report.document import Picture, Section, write_html, write_markdown
 
@@ -76,26 +73,6 @@ def test_help_imports_no_large_package():
     shown = subprocess.run(words, cwd=ROOT, text=True, capture_output=True)
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout.count("usage:") == len(users) + 1 and "options options" not in shown.stdout
-
-
-def test_a_benchmark_names_the_next_one_and_the_last_one_the_report(tmp_path, capsys, monkeypatch):
-    data = "assets/tiny/benchmarks/"
-    monkeypatch.chdir(ROOT)
-    options = EvaluationOptions("my model", data_dir=f"{data}salmon", codec_sliding_window=False, output_dir=tmp_path)
-    flags = f"--output_dir {tmp_path} --no-codec_sliding_window"
-    for script, data_dir, shown in (
-        (SALMON, f"{data}salmon", f"python eval/sLM21.py --model_name 'my model' --data_dir {data}sLM21 {flags}"),
-        (
-            SLM21,
-            f"{data}sLM21",
-            f"python eval/sStoryCloze.py --model_name 'my model' --data_dir {data}storycloze {flags}",
-        ),
-        (SLM21, "slprl/x", f"python eval/sStoryCloze.py --model_name 'my model' {flags}"),
-        (PROSAUDIT, f"{data}prosaudit", f"{REPORT} --results {tmp_path} --output_file {tmp_path}/report.md"),
-        (STORYCLOZE, None, f"{REPORT} --results {tmp_path} --output_file {tmp_path}/report.md"),
-    ):
-        script.print_next(replace(options, data_dir=data_dir))
-        assert next_command(capsys.readouterr().out) == shown
 
 
 def test_an_error_stands_once_and_last_in_what_torchrun_prints(tmp_path, monkeypatch, capsys):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jiwer
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import TINY, run_here
@@ -23,10 +24,10 @@ from llama_mimi.generation.loading import load_speech_model
 from llama_mimi.generation.options import SamplingOptions
 from llama_mimi.generation.transcription import transcribe
 from llama_mimi.judging.error_rates import add_error_rates
-from llama_mimi.judging.options import PROMPTS, RECORDINGS, CorpusOptions, Texts
+from llama_mimi.judging.options import PROMPTS, RECORDINGS, PromptOptions, TextOptions, VoiceOptions
 from llama_mimi.judging.prompts import Prompt, PromptSet, make_prompts
 from llama_mimi.report.estimates import by_measure, estimate, same_items
-from llama_mimi.report.results import read_results
+from llama_mimi.report.results import measure_of, read_results
 
 VALIDATION = str(TINY / "corpus" / "validation-*.parquet")
 RECOGNISER = str(TINY / "recogniser")
@@ -57,15 +58,17 @@ def test_other_languages_keep_their_words():
         records = [{"prompt": "a", "text": "er bittet äpfel"}]
         add_error_rates(records, prompts, language, "asr")
         assert records[0]["asr/wer"] == expected
+    add_error_rates(records := [{"prompt": "a", "text": "er bittet um äpfel"}], prompts, "de", "asr")
+    assert records[0]["asr/cer"] == 0  # the basic normaliser replaces the exclamation mark by a space
 
 
 def test_recordings_begin_with_the_voice_prompt_of_the_same_speaker(tmp_path):
     rows = [(0, 2.0, "a"), (1, 3.3, "a"), (2, 2.94, "a"), (3, 4.0, "b"), (4, 1.0, None), (5, 9.0, "a"), (6, 2.0, "b")]
     rows = [audio_row(number, seconds, id=f"{number}", speaker=s, text=f"text {number}") for number, seconds, s in rows]
     rows[6]["text"] = None
-    options = CorpusOptions(corpus=corpus(tmp_path / "c.parquet", rows))
-    prompts = make_prompts(tmp_path / "with", options, Texts("text", 5.0, voice_seconds=3.0))
-    plain = make_prompts(tmp_path / "without", options, Texts("text", 5.0))
+    path = corpus(tmp_path / "c.parquet", rows)
+    prompts = make_prompts(tmp_path / "with", VoiceOptions(corpus=path), 5.0)
+    plain = make_prompts(tmp_path / "without", TextOptions(corpus=path), 5.0)
     skipped = json.loads((tmp_path / "with" / "prompts.json").read_text())["skipped"]
     assert skipped == {"too long": 1, "no text": 1}
     found = {prompt.name: (prompt.text, prompt.prompt_text, prompt.seconds) for prompt in prompts.prompts}
@@ -90,7 +93,19 @@ def test_recordings_begin_with_the_voice_prompt_of_the_same_speaker(tmp_path):
             recorded_S = read_audio(plain.file(RECORDINGS, voice), None).samples_S
             assert torch.equal(voice_S[: len(recorded_S)], recorded_S) and not voice_S[len(recorded_S) :].any()
     with pytest.raises(UserError, match="max_seconds = 5.0, but the current value is 6.0; choose another --output_dir"):
-        make_prompts(tmp_path / "with", options, Texts("text", 6.0, voice_seconds=3.0))
+        make_prompts(tmp_path / "with", VoiceOptions(corpus=path), 6.0)
+    for options, was in ((TextOptions(corpus=path), "3.0"), (VoiceOptions(corpus=path, voice_seconds=0), "3.0")):
+        with pytest.raises(UserError, match=f"voice_seconds = {was}, but"):
+            make_prompts(tmp_path / "with", options, 5.0)
+    with pytest.raises(UserError, match="text_column = 'text', but the current value is None; choose another"):
+        make_prompts(tmp_path / "with", PromptOptions(corpus=path))
+    shortest = make_prompts(tmp_path / "short", VoiceOptions(corpus=path, voice_seconds=1.5), 5.0)
+    assert [prompt.prompt_text for prompt in shortest.prompts[:3]] == ["text 2", "text 0", "text 0"]
+    with pytest.raises(UserError, match="lacks a readable recording of 0.4 to 0.9 s; add recordings of this length"):
+        make_prompts(tmp_path / "none", TextOptions(corpus=path), 0.9)
+    silent = corpus(tmp_path / "silent.parquet", [row | {"text": ""} for row in rows])
+    with pytest.raises(UserError, match="the column 'text' of '.*' is empty; set another --text_column"):
+        make_prompts(tmp_path / "none", TextOptions(corpus=silent))
 
 
 def asr_command(output_dir, *more, model=RECOGNISER):
@@ -117,6 +132,13 @@ def test_the_tiny_recogniser_has_its_known_error_rate(transcribed):
     expected = crossed_interval([100 * np.array(errors) / np.mean(words)], clusters_N=speakers)
     assert found.interval[:3] == pytest.approx(expected[:3]) and round(found.interval.mean, 1) == 19.4
     assert all(sample["asr/wer_gain"] > 0 for sample in samples)
+
+
+def test_the_interval_of_an_error_rate_begins_at_zero():
+    index = pd.MultiIndex.from_tuples([("", name, name) for name in "abcde"], names=["part", "item", "cluster"])
+    values = pd.DataFrame({"system": [0.0, 0.0, 0.0, 0.0, 400.0]}, index=index)
+    rate, gain = (estimate(values, measure_of(f"tts/{name}")).interval for name in ("wer", "wer_gain"))
+    assert gain.low < 0 == rate.low and rate.high == gain.high > 100
 
 
 def test_two_ranks_and_a_kill_change_no_transcript(transcribed, tmp_path):
@@ -168,11 +190,15 @@ def test_wrong_flags_of_asr_are_refused(transcribed, tmp_path):
     ):
         code, stderr = run_here(*asr_command(tmp_path / "new", *flags))
         assert code == 1 and message in stderr and "Traceback" not in stderr
+    folder = shutil.copytree(transcribed, tmp_path / "asr")
+    code, stderr = run_here(*asr_command(folder, "--language", "de"))
+    assert code == 1 and "language = None, but the current value is 'de'; choose another --name" in stderr
+    assert (folder / "recogniser.json").read_bytes() == (transcribed / "recogniser.json").read_bytes()
 
 
 def tts_command(model, output_dir, *more):
     words = ("eval/tts.py", "--model_name", model, "--corpus", VALIDATION, "--limit", 4, "--output_dir", output_dir)
-    words += ("--prompt_seconds", 1.6, "--recording_seconds", 2.6, "--seconds", 5, "--quality", "none")
+    words += ("--voice_seconds", 2.6, "--seconds", 5, "--quality", "none")
     words += ("--asr_model", RECOGNISER, "--speaker_model", TINY / "speaker_encoder", "--batch_size", 2)
     return *words, *more
 

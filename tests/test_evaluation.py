@@ -353,8 +353,11 @@ def test_slm21_writes_the_official_submission(model_folder, tmp_path):
             shutil.copy(source / f"{row.split(',')[header.split(',').index('filename')]}.ogg", folder)
     (data / "lexical" / "test").mkdir()
     shutil.copy(TINY / "prompt.wav", data / "lexical" / "test" / "xyz.wav")
-    run_ranks(1, command(model_folder, tmp_path / "results", data, script="eval/sLM21.py"), tmp_path / "log")
-    folder = tmp_path / "results" / "sLM21" / "random"
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tasks": ["audio", "text"]}))
+    run_ranks(1, command(folder, tmp_path / "results", data, script="eval/sLM21.py"), tmp_path / "log")
+    folder = tmp_path / "results" / "sLM21" / "model"
     report = json.loads((folder / "official.json").read_text())
     files = [
         folder / "official_submission" / f"{split}.txt" for split in ("lexical/dev", "lexical/test", "syntactic/dev")
@@ -364,7 +367,8 @@ def test_slm21_writes_the_official_submission(model_folder, tmp_path):
     for pair, side in itertools.product(report["pairs"], ("positive", "negative")):
         assert float(scores[pair[side].removesuffix(".ogg")]) == pair[f"{side}_score"]
     assert report["parts"]["syntactic_dev"]["by"]["type"]["word_order"]["count"] == 4
-    assert report["scoring"]["levels"] == [0] and list(report["rules"]) == ["all_levels"]
+    assert report["scoring"]["levels"] == [0] and list(report["rules"]) == ["all_levels", "text"]
+    assert not any("transcript" in note for note in report["notes"])  # the unpaired clip is not counted
     assert report["rules"]["all_levels"]["parts"]["syntactic_dev"]["by"]["type"]["word_order"]["count"] == 4
 
 
@@ -373,7 +377,7 @@ def test_stories_are_also_scored_as_text(model_folder, tmp_path):
     name, data, source = "random", tmp_path / "storycloze", TINY / "benchmarks" / "storycloze"
     folder = shutil.copytree(model_folder, tmp_path / name)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"tasks": ["audio", "interleaved"]}))
+    (folder / "config.json").write_text(json.dumps(config | {"tasks": ["audio", "interleaved", "text"]}))
     data.mkdir()
     header, *rows = (source / "transcripts.csv").read_text().splitlines()[:7]
     for row in rows:
@@ -402,6 +406,11 @@ def test_stories_are_also_scored_as_text(model_folder, tmp_path):
     assert notes == [f"rule text prompt: {lacking}", f"rule text ending: {lacking}"]
     table = read_results([tmp_path / "results"]).items
     assert table["value"][table["measure"] == "sStoryCloze/storycloze:text_ending"].count() == 2
+    (folder / "config.json").write_text(json.dumps(config | {"tasks": ["interleaved"]}))  # does not predict EOS
+    assert list(evaluate(rows)[2]) == ["all_levels", "text_prompt", "text_ending"]
+    (folder / "config.json").write_text(json.dumps(config | {"tasks": ["asr", "text"]}))
+    code, stderr = run_here(*command(folder, tmp_path, data, script="eval/sStoryCloze.py"))
+    assert code == 1 and "needs the task 'audio' or 'tts' or 'interleaved', but the model was trained on asr" in stderr
 
 
 def test_mistakes_get_one_sentence(model_folder, some_pairs, tmp_path):

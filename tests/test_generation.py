@@ -305,7 +305,7 @@ def test_progress_shows_the_seconds_of_new_audio(capsys):
         yield 1, FinishReason.LENGTH
 
     assert len(list(with_progress(drawn(), 2, 10, 12.5))) == 13
-    assert "new audio: 0.9 of 0.9 s [00:01, left: 00:00, real-time factor 1." in capsys.readouterr().err
+    assert "new audio: 0.9 of 0.9 s [00:01, left: 00:00]" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("num_frames", [6, 40])  # a prompt within the window, and a longer one
@@ -329,7 +329,7 @@ def test_past_the_window_the_start_of_the_prompt_and_the_last_frames_are_read(mo
 def test_prompts_that_fill_the_window_are_counted(model, capsys):
     print_cut_prompts(model, SamplingOptions(window_seconds=1.28), [15, 16, 40])
     seen = "the model sees only the first 0.3 s and the last 0.6 s of each of these prompts"
-    assert capsys.readouterr().out == f"2 prompts fill the model's context of 1.3 s; {seen}\n"
+    assert capsys.readouterr().out == f"prompts that fill the model's context of 1.3 s: 2; {seen}\n"
 
 
 def test_text_comes_before_the_speech(codec):

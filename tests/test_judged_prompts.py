@@ -120,7 +120,7 @@ def test_skipped_recordings_are_counted_and_few_may_be_unreadable(tmp_path, caps
 def test_wrong_options_of_prompts_are_refused(tmp_path):
     with pytest.raises(UserError, match="--recording_seconds is 70; set .* from 2 to 60"):
         options(recording_seconds=70)
-    with pytest.raises(UserError, match="lacks a readable recording of at least 50 s; reduce"):
+    with pytest.raises(UserError, match="lacks a readable recording of 50 to 60 s; reduce"):
         make_prompts(tmp_path, options(recording_seconds=50))
 
 

@@ -24,7 +24,6 @@ from llama_mimi.evaluation.scoring import (
     score_clips,
     score_texts,
     shared_prompt,
-    text_rules,
     text_sequences,
 )
 from llama_mimi.generation.flattened import FlattenedModel
@@ -193,17 +192,7 @@ def test_scores_of_texts_are_plain_means(models, tmp_path):
     ):
         assert scores == pytest.approx(wanted, abs=1e-5)
     assert score_texts(model, sequences, 50, log, DistributedContext()) == found  # from the log
-    assert text_sequences(model, story, coded, Scoring((0,)), TEXT_RULES[:1]).keys() == {"text"}
-
-    for tasks, wanted in ((None, ()), (["audio", "asr"], ()), (["text"], ("text",)), (["interleaved"], TEXT_RULES)):
-        model.decoder.config.tasks = tasks
-        assert text_rules(model, Scoring((0,))) == wanted
-        assert (
-            text_rules(model, Scoring((0,), as_released=True))
-            == ()
-            == text_rules(model, Scoring(None, False, "grammar"))
-        )
-    del model.decoder.config.tasks
+    assert text_sequences(model, story, coded, Scoring((0,)), ["text"]).keys() == {"text"}
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def test_each_prompt_is_continued(whole):
 
 def test_samples_without_new_audio_are_counted():
     records = [{"frames": 0}, {"frames": 2}, {"error": "x"}]
-    assert without_new_audio(records) == "; 1 has no new audio, because the model ended the speech at once"
+    assert without_new_audio(records) == "; samples without new audio, because the model ended at once: 1"
     assert without_new_audio(records[1:]) == ""
 
 
@@ -229,3 +229,13 @@ def test_a_folder_is_transcribed_once(codec, prompts, tmp_path):
     assert run_again() == records and (tmp_path / "out" / "speaker" / "0.txt").exists()
     with pytest.raises(UserError, match="model_sha256 = not set, but the current value is 'a'"):
         run_again(model_sha256="a")
+    with pytest.raises(UserError, match="speech generation needs the task 'audio' or 'tts' or 'interleaved', but the"):
+        run(model, prompts, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+    model.decoder.config.tasks = ["asr", "tts"]
+    for made in ({"transcribes": True}, {}):  # an older folder of continuations lacks the key
+        settings = json.loads((tmp_path / "out" / "settings.json").read_text())
+        (tmp_path / "out" / "settings.json").write_text(json.dumps({**settings, **made, "num_samples": 2}))
+        arguments = model, [Prompt("1", text="one")], tmp_path / "out", SamplingOptions(num_samples=2), 2
+        with pytest.raises(UserError, match="transcribes = True, but the current value is False; choose another"):
+            draw_samples(*arguments, DistributedContext(), {})

@@ -163,7 +163,10 @@ def test_transcription(converted, tmp_path, capsys):
     (line,) = (tmp_path / "out" / "results.jsonl").read_text().splitlines()
     record = json.loads(line)
     assert (record["file"], record["prompt"]) == ("prompt.txt", "prompt.wav") and record["transcript"]
-    assert printed.endswith(f"{record['transcript']}\n")
+    assert printed == f"{record['transcript']}\n"
+    for flags in (("--num_samples", 2), ("--seconds", 3), ("--output_file", "a.wav")):
+        code, stderr = run_here(*words, TINY / "prompt.wav", *flags)
+        assert code == 1 and "--transcribe does not sample; remove --output_file" in stderr
     code, stderr = run_here("inference.py", "--model_name", tmp_path / "model", "--text", "one")
     assert code == 1 and "a text to speak needs the task 'tts', but the model was trained on audio, asr" in stderr
 

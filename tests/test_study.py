@@ -226,6 +226,38 @@ def test_an_unknown_primary_measure_is_refused(tmp_path, monkeypatch, measure):
         read_study(written(tmp_path, text))
 
 
+TEXT_STORIES = '[benchmarks.sStoryCloze]\ndata_dir = "assets/tiny/benchmarks/storycloze"\n'
+
+
+@pytest.mark.parametrize(
+    ("rule", "tasks", "flag", "is_computed"),
+    [
+        ("text", ["audio,text", "asr,text,tts"], "", True),
+        ("text", ["audio,interleaved", "audio,text"], "", False),  # an interleaved-only model does not predict EOS
+        ("text_ending", ["audio,interleaved", "audio,interleaved,text"], "", True),
+        ("text_ending", ["audio,interleaved", "audio,text"], "", False),
+        ("text", ["audio,text", "asr,text,tts"], 'preset = "original"', False),
+        ("text", ["audio,text", "asr,text,tts"], 'likelihood = "grammar"', False),
+    ],
+)
+def test_a_text_rule_as_primary_needs_the_tasks_of_both_variants(tmp_path, rule, tasks, flag, is_computed):
+    first, second = tasks
+    primary = f'measure = "sStoryCloze/storycloze:{rule}", tasks = "{second}"'
+    changes = {
+        "corpus": ("[[override]]", '"data.text_dataset" = "texts"\n[[override]]'),
+        "tasks": ("num_quantizers = [4, 8]", f'tasks = ["{first}", "{second}"]'),
+        "primary": ('measure = "similarity", num_quantizers = 8', primary),
+        "override": ("num_quantizers = [8]", f'tasks = ["{second}"]'),
+        "stories": ("[generation]", f"{TEXT_STORIES}{flag}\n[generation]"),
+    }
+    path = written(tmp_path, **changes)
+    if is_computed:
+        assert read_study(path).tables[1].primary[0] == f"sStoryCloze/storycloze:{rule}"
+    else:
+        with pytest.raises(UserError, match="which the study does not compute for both variants"):
+            read_study(path)
+
+
 def test_results_are_found_under_the_names_that_the_scripts_give(tmp_path):
     study = read_study(written(tmp_path, a=(SALMON, SALMON + 'limit = 3\nlevels = "0"\n')))
     outputs = {step.name: step.output for step in steps(study, study.runs[0])}
@@ -377,6 +409,9 @@ def test_the_studies_of_80_million_weights_run_at_a_small_size(tmp_path, name, Q
 def test_the_shipped_studies_can_be_planned(capsys):
     hours = {"paper_1b": "5 runs: 2,806.9 GPU hours", "paper_8b": "1 runs: 3,448.8 GPU hours", "tiny": "21 runs: "}
     hours |= {"isoflop_1e18": "85 runs: 59.7 GPU hours", "isoframe": "60 runs: 18.0 GPU hours"}
+    hours["tiny_text_speech"] = "6 runs: "
+    code, stderr = run_here("scripts/study.py", "config/studies/tiny.toml", "--plan", "--tflops", 0)
+    assert code == 1 and "--tflops is 0; set a positive number" in stderr
     for path in sorted((ROOT / "config" / "studies").glob("*.toml")):
         assert run_here("scripts/study.py", path, "--plan")[0] == 0
         assert hours[path.stem] in capsys.readouterr().out

@@ -131,7 +131,7 @@ def test_models_without_the_task_are_refused(codec, model):
     ids = [model.tokenizer.ids("one")]
     with pytest.raises(UserError, match="the config of the model lacks text_head, so the model cannot predict text"):
         other.log_likelihoods(ids, [torch.ones(len(ids[0]), dtype=torch.bool)])
-    model.require_task("interleaved", "this test")
+    model.require_task("this test", "tts", "interleaved")
 
 
 def test_a_folder_with_a_text_head_is_loaded(model, tmp_path):

@@ -11,6 +11,7 @@ DecoderPrecision = Literal["float32", "bfloat16", "float16"]  # Llama-Mimi's fir
 GenerationPrecision = DecoderPrecision | Literal["int8"]
 VocabularyKind = Literal["llama", "audio"]
 Architecture = Literal["flattened", "hierarchical"]
-# Training tasks. A text is a target in the last three tasks (tokens/tokenizer.py shows the sequences).
+# Training tasks. tokens/tokenizer.py shows the sequences and the targets.
 Task = Literal["audio", "tts", "asr", "interleaved", "text"]
 TEXT_TARGETS = ("asr", "interleaved", "text")
+AUDIO_TARGETS: tuple[Task, ...] = ("audio", "tts", "interleaved")

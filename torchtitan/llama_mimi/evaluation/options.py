@@ -13,8 +13,9 @@ Likelihood = Literal["softmax", "grammar"]
 MAX_AUDIO_SECONDS = 20.0  # maximum length of the paper's training clips
 PRIMARY = "primary"  # name of the preset's scoring rule, which decides the accuracy of a benchmark
 PROMPT_RULES = ("after_prompt", "normalised")  # only for benchmarks in which both clips of a pair have the same prompt
-# Only for benchmarks with transcripts and models trained on text: the whole clip, its prompt or its ending is text.
-TEXT_RULES = ("text", "text_prompt", "text_ending")
+# Only for benchmarks with transcripts: the whole clip, its prompt or its ending is text. The values are training tasks
+# that the model needs.
+TEXT_RULES = {"text": "text", "text_prompt": "interleaved", "text_ending": "interleaved"}
 FURTHER_RULES = ("level_0", "all_levels", *PROMPT_RULES, *TEXT_RULES)
 
 
@@ -43,6 +44,11 @@ class Scoring:
             return {PRIMARY: self}
         further = {"level_0": replace(self, levels=(0,)), "all_levels": replace(self, levels=None)}
         return {PRIMARY: self} | {name: rule for name, rule in further.items() if rule != self}
+
+    @property
+    def allows_text(self) -> bool:
+        """True if `TEXT_RULES` can be scored, which use the whole vocabulary."""
+        return not self.as_released and self.likelihood == "softmax"
 
     @property
     def tie(self) -> float:

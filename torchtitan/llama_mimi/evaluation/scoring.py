@@ -13,7 +13,7 @@ The last two rules follow arXiv 2601.06329, which localises and normalises token
 that it scores the first 0.5 s after the common prefix (the paper's text was not available). Here, all later frames and
 ``</audio>`` are scored.
 
-For a model that was trained on text, `TEXT_RULES` score transcripts:
+For a model that was trained on text, the rules `TEXT_RULES` score transcripts:
 
 - "text": the mean log-likelihood of the transcript and of EOS in the sequence ``BOS text EOS``.
 - "text_prompt", "text_ending": the prompt or the ending of a story is text, and the rest is speech, as in cross-modal
@@ -34,7 +34,7 @@ from llama_mimi.common.distributed import DistributedContext
 from llama_mimi.common.resume import ProgressLog, map_resumable
 from llama_mimi.corpora.code_shards import CodedClip
 from llama_mimi.evaluation.benchmarks import Clip
-from llama_mimi.evaluation.options import PRIMARY, PROMPT_RULES, TEXT_RULES, Scoring
+from llama_mimi.evaluation.options import PRIMARY, PROMPT_RULES, Scoring
 from llama_mimi.generation.speech_model import SpeechModel
 from llama_mimi.tokens.tokenizer import SpeechTokenizer
 
@@ -131,13 +131,6 @@ def score_texts(
     return [{rule: done[key(*sequence)] for rule, sequence in of_clip.items()} for of_clip in texts]
 
 
-def text_rules(model: SpeechModel, scoring: Scoring) -> Sequence[str]:
-    """Return the rules of `TEXT_RULES` that apply to a model and a preset. All of them use the whole vocabulary."""
-    if scoring.as_released or scoring.likelihood != "softmax":
-        return ()
-    return TEXT_RULES if "interleaved" in model.tasks else TEXT_RULES[:1] if "text" in model.tasks else ()
-
-
 def text_sequences(
     model: SpeechModel, clip: Clip, coded: CodedClip, scoring: Scoring, rules: Sequence[str]
 ) -> TextSequences:
@@ -148,9 +141,11 @@ def text_sequences(
     if not clip.text:
         return {}
     tokenizer, frames = model.tokenizer, clip.prompt_seconds * model.codec.frame_rate_hz
-    eos = torch.tensor([tokenizer.text_tokenizer.eos_token_id])
-    ids_L = torch.cat([tokenizer.ids(f"{clip.prompt} {clip.text}".strip()), eos])
-    found = {"text": (ids_L, torch.arange(len(ids_L)) > 0)}
+    found = {}
+    if "text" in rules:
+        eos = torch.tensor([tokenizer.text_tokenizer.eos_token_id])
+        ids_L = torch.cat([tokenizer.ids(f"{clip.prompt} {clip.text}".strip()), eos])
+        found["text"] = ids_L, torch.arange(len(ids_L)) > 0
     if "text_prompt" in rules and 1 <= frames < len(coded.codes_TQ):  # False if the ending was cut
         codes_TQ, frames = torch.from_numpy(coded.codes_TQ.astype(np.int64)), int(frames)
         ids_L = tokenizer.ids(clip.prompt, "\n", codes_TQ[frames:])[: -1 if coded.is_cut else None]

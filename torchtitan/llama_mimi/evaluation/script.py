@@ -5,9 +5,9 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from llama_mimi.audio.mimi import codec_hash, whole_frames
+from llama_mimi.common.choices import AUDIO_TARGETS
 from llama_mimi.common.command_line import REPORT, print_next
 from llama_mimi.common.distributed import DistributedContext, broadcast_from_rank0, distributed_context
 from llama_mimi.common.errors import UserError
@@ -18,7 +18,7 @@ from llama_mimi.common.versions import versions
 from llama_mimi.evaluation import benchmarks, results
 from llama_mimi.evaluation.codes import encode_clips
 from llama_mimi.evaluation.options import PRIMARY, TEXT_RULES, EvaluationOptions, model_folder
-from llama_mimi.evaluation.scoring import score_clips, score_texts, shared_prompt, text_rules, text_sequences
+from llama_mimi.evaluation.scoring import score_clips, score_texts, shared_prompt, text_sequences
 from llama_mimi.generation.loading import load_speech_model
 
 BATCH_TOKENS = (4096, 32768)  # on a CPU, on a GPU
@@ -35,7 +35,6 @@ class BenchmarkScript:
     mean_of: Sequence[str] = ()  # parts whose mean is reported
     has_prompts: bool = False  # True if the clips of a pair begin with the same speech; scores `PROMPT_RULES`
     text_rules: Sequence[str] = ()  # rules of `TEXT_RULES` that apply if transcripts are known
-    following: tuple[str, str] | None = None  # the next benchmark, and the usual name of its folder
 
     def result_path(self, options: EvaluationOptions) -> Path:
         """Return the path of the result file for ``options``; raise a `UserError` for invalid flags."""
@@ -63,6 +62,7 @@ class BenchmarkScript:
             device=str(ranks.device),
             dtype=options.dtype,
         )
+        model.require_task("the benchmark", *AUDIO_TARGETS)
         codec, max_seconds = model.codec, options.max_audio_seconds
         whole_frames(max_seconds, codec.config, "--max_audio_seconds")
         if scoring.as_released and model.tokenizer.architecture == "hierarchical":
@@ -100,14 +100,15 @@ class BenchmarkScript:
         log = ProgressLog(path.with_suffix(".partial"), log_key)
         names = list(zip(audio_ids, prompts, strict=True))
         scores = score_clips(model, codes, names, scoring, batch_tokens, log, ranks)
-        rules = [rule for rule in text_rules(model, scoring) if rule in self.text_rules]
+        rules = [rule for rule in self.text_rules if scoring.allows_text and TEXT_RULES[rule] in model.tasks]
         if rules:
             sequences = [text_sequences(model, *both, scoring, rules) for both in zip(clips, coded, strict=True)]
             texts = score_texts(model, sequences, batch_tokens, log, ranks)
             scores = [of_clip | of_text for of_clip, of_text in zip(scores, texts, strict=True)]
         for rule in rules:
-            if missing := sum(rule not in of_clip for of_clip in scores):
-                problem = f"{missing:,} of {len(clips):,} clips lack a transcript, or the time of the ending"
+            num_clips = 2 * len(benchmark.pairs)  # without the unpaired clips, which follow
+            if missing := sum(rule not in of_clip for of_clip in scores[:num_clips]):
+                problem = f"{missing:,} of {num_clips:,} clips lack a transcript, or the time of the ending"
                 benchmark.notes.append(f"rule {rule.replace('_', ' ')}: {problem} (see eval/README.md)")
         if ranks.rank > 0:
             return
@@ -124,24 +125,7 @@ class BenchmarkScript:
         results.write_submissions(path.with_name(f"{name}_submission"), clips, primary)
         log.close()
         print("\n".join([*results.summary(report), *replaced, f"written to {path}"]))
-        self.print_next(options)
-
-    def print_next(self, options: EvaluationOptions) -> None:
-        """Print the next command: a benchmark with the same flags or, after the last benchmark, the report."""
-        if self.following is None:
-            folder = options.output_dir
-            return print_next(REPORT, results=folder, output_file=folder / "report.md")
-        name, data_folder = self.following
-        default = vars(EvaluationOptions())
-        flags: dict[str, Any] = {key: value for key, value in vars(options).items() if value != default[key]}
-        if options.data_dir is not None and Path(options.data_dir).is_dir():
-            folders = [Path(options.data_dir).parent / folder for folder in (data_folder, "speed")]
-            if not (found := [folder for folder in folders if folder.is_dir()]):
-                return
-            flags["data_dir"] = found[0]
-        else:
-            flags.pop("data_dir", None)
-        print_next(f"python eval/{name}.py", **{"model_name": options.model_name} | flags)
+        print_next(REPORT, results=options.output_dir, output_file=options.output_dir / "report.md")
 
 
 SALMON = BenchmarkScript(
@@ -151,12 +135,9 @@ SALMON = BenchmarkScript(
     levels=None,
     mean_of=benchmarks.SALMON_PARTS,
     has_prompts=True,
-    following=("sLM21", "sLM21"),
 )
-SLM21 = BenchmarkScript(
-    "sLM21", "speed", benchmarks.read_slm21, (0,), text_rules=("text",), following=("sStoryCloze", "storycloze")
-)
-STORYCLOZE = BenchmarkScript("sStoryCloze", "speed", benchmarks.read_storycloze, levels=(0,), text_rules=TEXT_RULES)
+SLM21 = BenchmarkScript("sLM21", "speed", benchmarks.read_slm21, levels=(0,), text_rules=("text",))
+STORYCLOZE = BenchmarkScript("sStoryCloze", "speed", benchmarks.read_storycloze, (0,), text_rules=tuple(TEXT_RULES))
 # The benchmark accepts any score. The entries of its leaderboard score semantic tokens only, such as level 0 here.
 PROSAUDIT = BenchmarkScript("prosaudit", None, benchmarks.read_prosaudit, levels=(0,))
 BENCHMARK_SCRIPTS = {script.name: script for script in (SALMON, SLM21, STORYCLOZE, PROSAUDIT)}

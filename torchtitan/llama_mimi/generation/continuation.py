@@ -50,8 +50,7 @@ def print_cut_prompts(model: SpeechModel, options: SamplingOptions, num_frames: 
     window, rate_hz = for_model(options, model).window_frames, model.codec.frame_rate_hz
     if number := sum(frames >= window for frames in num_frames):
         seen = f"the first {window // 4 / rate_hz:.1f} s and the last {window // 2 / rate_hz:.1f} s"
-        fill = "prompt fills" if number == 1 else "prompts fill"
-        problem = f"{number:,} {fill} the model's context of {window / rate_hz:.1f} s"
+        problem = f"prompts that fill the model's context of {window / rate_hz:.1f} s: {number:,}"
         print(f"{problem}; the model sees only {seen} of each of these prompts", flush=True)
 
 
@@ -85,22 +84,18 @@ def continue_codes(
 
 
 def with_progress(drawn: Drawn, num_samples: int, max_frames: int, frame_rate_hz: float) -> Drawn:
-    """Yield the items of `decode`, and show the seconds of new audio, the time left and the real-time factor.
+    """Yield the items of `decode`, and show the seconds of new audio and the time left.
 
     The time left assumes the maximum length for every sample. When a sample ends earlier, the shown total decreases.
     """
-    num_new, is_hidden = [0] * num_samples, not is_first_rank()
-    bar = "{desc}: {n:.1f} of {total:.1f} s [{elapsed}, left: {remaining}{postfix}]"
-    options: dict[str, Any] = {"unit_scale": 1 / frame_rate_hz, "bar_format": bar, "leave": None, "disable": is_hidden}
-    times: dict[str, Any] = {"mininterval": 1, "miniters": 0, "delay": 1}
-    with tqdm(desc="new audio", total=num_samples * max_frames, **options, **times) as progress:
+    num_new, bar = [0] * num_samples, "{desc}: {n:.1f} of {total:.1f} s [{elapsed}, left: {remaining}]"
+    shown: dict[str, Any] = {"desc": "new audio", "unit_scale": 1 / frame_rate_hz, "bar_format": bar, "leave": None}
+    with tqdm(total=num_samples * max_frames, disable=not is_first_rank(), delay=1, mininterval=1, **shown) as progress:
         for number, new in drawn:
             if isinstance(new, FinishReason):
                 progress.total -= max_frames - num_new[number]
             else:
                 num_new[number] += 1
-                factor = progress.format_dict["elapsed"] * frame_rate_hz / sum(num_new)
-                progress.set_postfix_str(f"real-time factor {factor:.2f}", refresh=False)
                 progress.update()
             yield number, new
 

@@ -66,12 +66,11 @@ def decode(model: SpeechModel, requests: Sequence[Request], sampling: Sampling, 
         ``(request index, FinishReason)``. The iterator raises a `UserError` if the logits are not finite.
 
     Raises:
-        UserError: the window does not fit into the model's context, or the model does not support a request's text.
+        UserError: the window does not fit into the model's context, or the model was not trained on the task.
     """
     if not requests:
         return iter(())
-    if any(request.text is not None for request in requests):
-        model.require_task("tts", "a text to speak")
+    model.require_speech(any(request.text is not None for request in requests))
     window = min(sampling.window_frames, sampling.max_frames + max(len(request.prompt_TQ) for request in requests))
     longest_prefix = max(len(model.tokenizer.prefix_ids(request.text)) for request in requests)
     capacity = longest_prefix + window * model.tokenizer.positions_per_frame

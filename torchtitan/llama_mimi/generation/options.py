@@ -1,6 +1,6 @@
 """Flags of inference.py, including the sampling options. This module does not import PyTorch."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from llama_mimi.common.choices import GenerationPrecision, LastFrame
@@ -79,14 +79,18 @@ class InferenceOptions:
         file, num_rows, text = self.output_file, self.batch_size, self.text or ""
         is_many = bool(self.prompts or self.texts or (self.transcribe and self.transcribe.is_dir()))
         num_inputs = sum(map(bool, (self.prompt or text, self.prompts, self.texts, self.transcribe)))
-        needs = "--prompts, --texts, and --transcribe with a folder need --output_dir; other inputs do not allow it"
+        needs = "--prompts, --texts, and --transcribe with a folder need --output_dir"
+        only_text = "--transcribe does not sample; remove --output_file and all sampling options except --last_frame"
+        sampling = replace(self.sampling, last_frame=None)
+        has_samples = sampling != SamplingOptions() or file != InferenceOptions.output_file
         is_batch_wrong = num_rows is not None and (num_rows < 1 or not is_many)
         is_stream_wrong = self.stream and (is_many or self.transcribe or self.sampling.num_samples > 1)
         problems = {
             "set --prompt, --text or both; or set one of --prompts, --texts and --transcribe": num_inputs != 1,
-            needs: is_many != (self.output_dir is not None),
+            f"{needs}; for other inputs, remove --output_dir": is_many != (self.output_dir is not None),
             f"--batch_size is {num_rows}; set it to 1 or more, and set --output_dir": is_batch_wrong,
             "--stream supports only one sample of one prompt; remove --stream": is_stream_wrong,
+            only_text: self.transcribe is not None and has_samples,
             f"--text '{as_utf8(text)}' is not UTF-8; type the text in a UTF-8 terminal": as_utf8(text) != text,
             f"--output_file is '{file}'; choose a name that ends in .wav": file.suffix.lower() != ".wav",
         }

@@ -98,11 +98,13 @@ def draw_samples(
         UserError: the model was not trained on the task, two prompts have the same name, or ``settings.json`` contains
             other settings.
     """
-    if transcribes or any(prompt.text is not None for prompt in prompts):
-        model.require_task("asr" if transcribes else "tts", "the command")
+    if transcribes:
+        model.require_task("transcription", "asr")
+    else:
+        model.require_speech(any(prompt.text is not None for prompt in prompts))
     chosen = {"top_p": for_model(options, model).top_p, "last_frame": options.last_frame or model.last_frame}
     settings = {**asdict(options), **chosen, **made_by, "device": ranks.device.type, "batch_size": num_rows}
-    settings |= {"transcribes": True} if transcribes else {}
+    settings["transcribes"] = transcribes
     log = ProgressLog(output_dir / "unfinished", {})  # settings.json contains the settings
 
     def prepare() -> dict[str, Sample]:
@@ -113,7 +115,7 @@ def draw_samples(
             write_atomically(str(output_dir), SETTINGS, (json.dumps(settings, indent=1) + "\n").encode())
         else:
             compared = {key: value for key, value in settings.items() if key not in NOT_COMPARED}
-            require_same(earlier, compared, f"'{output_dir}'", "choose another --output_dir")
+            require_same({"transcribes": False, **earlier}, compared, f"'{output_dir}'", "choose another --output_dir")
         if (results := output_dir / RESULTS).exists():  # copy the records of a finished run back to the log
             try:
                 log.add({record["file"]: record for record in map(json.loads, results.read_text().splitlines())})
@@ -145,8 +147,7 @@ def draw_samples(
 def without_new_audio(records: Sequence[Mapping[str, Any]]) -> str:
     """Return a clause with the number of samples without new audio, or "" if every sample has new audio."""
     number = sum(record.get("frames") == 0 for record in records)
-    have = "has" if number == 1 else "have"
-    return f"; {number:,} {have} no new audio, because the model ended the speech at once" if number else ""
+    return f"; samples without new audio, because the model ended at once: {number:,}" if number else ""
 
 
 def describe_model(model_name: str, model: SpeechModel) -> Record:

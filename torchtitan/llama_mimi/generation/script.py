@@ -1,5 +1,6 @@
 """Implementation of inference.py: continue, speak or transcribe one input, or many inputs."""
 
+import sys
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -43,7 +44,7 @@ def run_inference(options: InferenceOptions) -> None:
     files = [file.with_stem(f"{file.stem}_{number}") for number in range(num_samples)] if num_samples > 1 else [file]
     if options.output_dir is None and (speech := options.prompt or options.transcribe) is not None:
         for warning in read_prompt(str(speech)).audio_warnings:  # check the file before the model is loaded
-            print(f"note: '{speech}' is {warning}")
+            print(f"note: '{speech}' is {warning}", file=sys.stderr)
     if options.prompt is not None and any(path.exists() and path.samefile(options.prompt) for path in files):
         raise UserError(f"--output_file and --prompt are the same file '{options.prompt}'; set another --output_file")
 
@@ -52,13 +53,13 @@ def run_inference(options: InferenceOptions) -> None:
         device, dtype = str(ranks.device), options.dtype
         model = load_speech_model(name, codec_name=codec, sliding_window=window, device=device, dtype=dtype)
         if ranks.rank == 0:
-            print(settings_note(model, sampling), flush=True)
+            print(settings_note(model, sampling), file=sys.stderr if options.transcribe else None, flush=True)
         if (output_dir := options.output_dir) is None:
             if ranks.rank == 0 and options.transcribe is not None:
                 waveform = read_prompt(str(options.transcribe), model.codec)
                 (transcript,) = transcribe(model, encode_prompts(model, [waveform], sampling), 1)
                 if transcript.is_cut:
-                    print("the transcript is incomplete, because it reached its maximum length")
+                    print("the transcript is incomplete, because it reached its maximum length", file=sys.stderr)
                 print(transcript.text)
             elif ranks.rank == 0:
                 _continue_prompt(model, options, files)

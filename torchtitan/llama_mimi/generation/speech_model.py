@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from llama_mimi.audio.mimi import DTYPES, MimiCodec, is_released
-from llama_mimi.common.choices import LastFrame, Task
+from llama_mimi.common.choices import AUDIO_TARGETS, LastFrame, Task
 from llama_mimi.common.errors import UserError
 from llama_mimi.generation.kv_cache import BatchedKVCache
 from llama_mimi.tokens.tokenizer import SpeechTokenizer
@@ -65,11 +65,17 @@ class SpeechModel(ABC):
         config = self.decoder.config
         return getattr(config, "tasks", None) or [getattr(config, "task", "tts").replace("a2a", "audio")]
 
-    def require_task(self, task: Task, purpose: str) -> None:
-        """Raise a `UserError` if the model was not trained on a task. ``purpose``: flag or work that needs the task."""
-        if task not in self.tasks:
-            problem = f"{purpose} needs the task '{task}', but the model was trained on {', '.join(self.tasks)}"
-            raise UserError(f"{problem}; choose another model, or add '{task}' to data.tasks and train a model")
+    def require_task(self, purpose: str, *tasks: Task) -> None:
+        """Raise a `UserError` if ``purpose`` needs one of the tasks, and the model was not trained on any of them."""
+        if not {*tasks} & {*self.tasks}:
+            names = " or ".join(f"'{task}'" for task in tasks)
+            problem = f"{purpose} needs the task {names}, but the model was trained on {', '.join(self.tasks)}"
+            raise UserError(f"{problem}; choose another model, or add '{tasks[0]}' to data.tasks and train a model")
+
+    def require_speech(self, has_text: bool) -> None:
+        """Raise a `UserError` if the model cannot generate speech, or cannot speak a text (if ``has_text``)."""
+        purpose = "a text to speak" if has_text else "speech generation"
+        self.require_task(purpose, *(("tts",) if has_text else AUDIO_TARGETS))
 
     def require_finite(self, is_finite: torch.Tensor) -> None:
         """Raise a `UserError` about overflow if ``is_finite``, computed from logits, is False."""

@@ -36,7 +36,7 @@ def transcribe(model: SpeechModel, codes: Sequence[torch.Tensor], num_rows: int)
     Raises:
         UserError: the model was not trained on the task "asr", or logits are not finite.
     """
-    model.require_task("asr", "transcription")
+    model.require_task("transcription", "asr")
     if not codes:
         return []
     tokenizer, text_tokenizer = model.tokenizer, model.tokenizer.text_tokenizer

@@ -18,11 +18,11 @@ def add_error_rates(
     """Compare the transcript (key "text") of each record with its recording's text; return a description.
 
     ``<task>/wer`` is the number of wrong words (substituted, deleted or inserted) in percent of the *mean* number of
-    words of a text. So the mean over all recordings is the usual word error rate, and the denominator is the same for
-    all systems: means and differences have the intervals of `crossed_interval`, which treat the denominator as a
-    constant. ``<task>/cer`` counts characters, including spaces. ``<task>/wer_shuffled`` compares the transcript with
-    the text of another recording: the next recording in the order of the hashes of names. ``<task>/wer_gain`` is
-    ``wer_shuffled`` minus ``wer``. A record without a transcript counts as an empty transcript.
+    words of a text. The mean over all recordings is the usual word error rate. All systems have the same denominator.
+    `crossed_interval` treats the denominator as a constant. ``<task>/cer`` counts characters, including spaces.
+    ``<task>/wer_shuffled`` compares the transcript with the text of another recording: the next recording in the order
+    of the hashes of names. ``<task>/wer_gain`` is ``wer_shuffled`` minus ``wer``. A record without a transcript counts
+    as an empty transcript.
 
     All texts are normalised by Whisper's code in transformers. The normaliser for English has a table of British and
     American spellings, which transformers does not contain, so spellings are not unified.
@@ -30,13 +30,14 @@ def add_error_rates(
     is_english = language in (None, "en")
     normalise = EnglishTextNormalizer({}) if is_english else BasicTextNormalizer()
     raw = {prompt.name: prompt.text for prompt in prompts.prompts}
-    texts = {name: normalise(text) for name, text in raw.items()}
+    # `BasicTextNormalizer` replaces final punctuation by a space.
+    texts = {name: normalise(text).strip() for name, text in raw.items()}
     order = sorted(texts, key=lambda name: sha256(name.encode()).digest())
     others = dict(zip(order, order[1:] + order[:1], strict=True))
     mean_words = max(fmean(len(text.split()) for text in texts.values()), 1)
     mean_characters = max(fmean(map(len, texts.values())), 1)
     for record in records:
-        text, found = texts[record["prompt"]], normalise(record.get("text", ""))
+        text, found = texts[record["prompt"]], normalise(record.get("text", "")).strip()
         words, characters = jiwer.process_words(text, found), jiwer.process_characters(text, found)
         shuffled = jiwer.process_words(texts[others[record["prompt"]]], found)
         wer, wer_shuffled = 100 * _errors(words) / mean_words, 100 * _errors(shuffled) / mean_words

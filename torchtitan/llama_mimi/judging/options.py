@@ -3,11 +3,10 @@
 import hashlib
 import re
 import tomllib
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from llama_mimi.common.choices import DecoderPrecision
 from llama_mimi.common.errors import UserError, first_line
@@ -57,13 +56,9 @@ class CorpusOptions:
     dataset_path: str | None = None  # folder of the downloaded corpus, if --corpus is a name
     split: str | None = None  # name of the split, if the corpus has several splits
     audio_column: str = "audio"  # column with the recordings
-    speaker_column: str = "speaker"  # column with speakers; the clips of a shuffled pair differ in speaker
+    # column with speakers: intervals are over speakers, and the clips of a shuffled pair differ in speaker
+    speaker_column: str = "speaker"
     limit: int | None = None  # maximum number of recordings, chosen by a hash of their names; default: all
-
-    @property
-    def min_seconds(self) -> float:
-        """Minimum length of a recording, in seconds."""
-        return MIN_SECONDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,15 +77,29 @@ class PromptOptions(CorpusOptions):
 
     @property
     def min_seconds(self) -> float:
+        """Minimum length of a recording, in seconds."""
         return 2 * self.prompt_seconds if self.recording_seconds is None else self.recording_seconds
 
 
-class Texts(NamedTuple):
-    """Settings for recordings with transcripts."""
+@dataclass(frozen=True, kw_only=True)
+class TextOptions(CorpusOptions):
+    """Options for recordings with transcripts."""
 
-    text_column: str
-    max_seconds: float  # longer recordings are skipped
-    voice_seconds: float = 0.0  # approximate length of a voice prompt, in seconds; 0: no voice prompts
+    text_column: str = "text"  # column with the transcripts of the recordings
+
+
+@dataclass(frozen=True, kw_only=True)
+class VoiceOptions(TextOptions):
+    """Options for texts to speak and for voice prompts."""
+
+    # approximate length of a voice prompt, in seconds: another recording of the speaker, with the nearest length; at 0,
+    # the model reads only the text and chooses a voice
+    voice_seconds: float = 3.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.voice_seconds <= MAX_RECORDING_SECONDS:
+            limits = f"a number from 0 to {MAX_RECORDING_SECONDS:g}"
+            raise UserError(f"--voice_seconds is {self.voice_seconds:g}; set {limits}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +108,7 @@ class MeasureOptions:
 
     speaker_model: str | None = None  # hub id or folder of a WavLM x-vector model; default: no speaker similarity
     quality: Literal["distillmos", "aesthetics", "none"] = "distillmos"  # predictor of sound quality, or 'none'
-    asr_model: str | None = None  # hub id or folder of an ASR model; default: no transcripts
+    asr_model: str | None = None  # hub id or folder of an ASR model; required by eval/tts.py; default: no transcripts
     language: str | None = None  # language of the speech, such as 'en', for multilingual ASR; default: automatic
     text_model: str | None = None  # hub id or folder of a language model; default: no perplexity
     judge_model: str | None = None  # name of the judge model on the server; default: no judge
@@ -109,28 +118,52 @@ class MeasureOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationOptions:
+class SystemOptions:
+    """Flags of eval/{generation,tts,asr}.py: recordings, a model, and the results."""
+
+    prompts: CorpusOptions
+    model_name: str | None
+    name: str | None = None  # name of the system; default: name of the model or folder
+    output_dir: Path
+    codec: str | None = None  # hub id or folder of the codec; default: the model's codec
+    batch_size: int | None = None  # number of samples or recordings per batch; default: 64 on a GPU, else 8
+    device: str | None = None  # torch device; default: the GPU if there is one, else the CPU
+    dtype: DecoderPrecision | None = None  # precision of the decoder; default: bfloat16 on a GPU, float32 on a CPU
+
+    def __post_init__(self) -> None:
+        for flag, value in {"batch_size": self.batch_size, "limit": self.prompts.limit}.items():
+            if value is not None and value < 1:
+                raise UserError(f"--{flag} is {value}; set it to 1 or more")
+        if self.system in RESERVED or self.system.startswith(RECONSTRUCTION):
+            raise UserError(f"--name '{self.system}' is reserved; set another --name")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.system):
+            raise UserError(f"--name '{self.system}' is not a valid file name; set another --name")
+
+    @property
+    def system(self) -> str:
+        """Name of the system and of its result file."""
+        return self.name if self.name is not None else model_folder(str(self.model_name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions(SystemOptions):
     """Flags of eval/generation.py."""
 
     prompts: PromptOptions
     model_name: str | None = None  # hub id or folder of a model; required without --wavs
     wavs: Path | None = None  # folder with files of another system: <prompt>.wav or <prompt>_<number>.wav
     wavs_contain_prompt: bool = False  # set this flag if each file in --wavs begins with its prompt
-    name: str | None = None  # name of the system; default: name of the model or folder
     # Length and randomness of continuations. --seconds also limits the references and the files in --wavs.
     sampling: SamplingOptions = field(default_factory=lambda: SamplingOptions(num_samples=5))
     output_dir: Path = Path("results/generation")  # folder for the prompts and the results of all systems
     measures: MeasureOptions = field(default_factory=MeasureOptions)
-    codec: str | None = None  # hub id or folder of the codec; default: the model's codec
     # run the codec with sliding-window attention; default: the setting used in training
     codec_sliding_window: bool | None = None
-    batch_size: int | None = None  # number of samples per batch; default: 64 on a GPU, else 8
-    device: str | None = None  # torch device; default: the GPU if there is one, else the CPU
-    dtype: DecoderPrecision | None = None  # precision of the decoder; default: bfloat16 on a GPU, float32 on a CPU
 
     def __post_init__(self) -> None:
         if (self.model_name is None) == (self.wavs is None):
             raise UserError("set either --model_name or --wavs")
+        super().__post_init__()
         needed = dict.fromkeys(("language", "text_model", "judge_model"), "asr_model")
         for flag, other in {**needed, "judge_url": "judge_model"}.items():
             if getattr(self.measures, flag) and getattr(self.measures, other) is None:
@@ -140,18 +173,12 @@ class GenerationOptions:
         used = {"distillmos": self.measures.quality == "distillmos", "openai": self.measures.judge_model is not None}
         if missing := [package for package, is_used in used.items() if is_used and not find_spec(package)]:
             raise UserError(f"the package '{missing[0]}' is missing; run `uv sync --inexact --extra judging`")
-        numbers = {"batch_size": self.batch_size, "listening_batch_size": self.measures.listening_batch_size}
-        _check(self.system, numbers | {"limit": self.prompts.limit})
-
-    @property
-    def texts(self) -> Texts | None:
-        """Settings for the texts of recordings; None if the texts are not read."""
-        return None
+        if (number := self.measures.listening_batch_size) is not None and number < 1:
+            raise UserError(f"--listening_batch_size is {number}; set it to 1 or more")
 
     @property
     def system(self) -> str:
-        """Name of the system and of its result file."""
-        return self.name if self.name is not None else model_folder(str(self.model_name or self.wavs))
+        return model_folder(str(self.wavs)) if self.wavs and self.name is None else super().system
 
     @property
     def similarity_seconds(self) -> float:
@@ -169,10 +196,7 @@ class GenerationOptions:
 class TtsOptions(GenerationOptions):
     """Flags of eval/tts.py."""
 
-    text_column: str = "text"  # column with the texts to speak
-    # the voice prompt of a text is another recording of the same speaker: the recording whose length is nearest to
-    # --prompt_seconds; without voice prompts, the model chooses a voice
-    voice_prompts: bool = True
+    prompts: VoiceOptions  # type: ignore[assignment]  # `similarity_seconds` is the only reader of prompt lengths
     # Length and randomness of the speech. Recordings longer than --seconds are skipped.
     sampling: SamplingOptions = field(default_factory=lambda: SamplingOptions(seconds=20.0))
     output_dir: Path = Path("results/tts")  # folder for the recordings and the results of all systems
@@ -183,39 +207,17 @@ class TtsOptions(GenerationOptions):
             raise UserError("--asr_model is missing; set --asr_model to the model that transcribes the speech")
 
     @property
-    def texts(self) -> Texts:
-        return Texts(self.text_column, self.sampling.seconds, self.prompts.prompt_seconds * self.voice_prompts)
+    def similarity_seconds(self) -> float:
+        """Length of the speech, in seconds, in the speaker similarity at a fixed length: that of a voice prompt."""
+        return round(max(min(self.prompts.voice_seconds, self.sampling.seconds), MIN_SECONDS), 2)
 
 
 @dataclass(frozen=True, kw_only=True)
-class AsrOptions:
+class AsrOptions(SystemOptions):
     """Flags of eval/asr.py."""
 
-    recordings: CorpusOptions
-    model_name: str  # hub id or folder of a model of the task 'asr', or of any ASR model of transformers
-    text_column: str = "text"  # column with the transcripts of the recordings
-    language: str | None = None  # language of the speech, such as 'de'; default: English
-    name: str | None = None  # name of the system; default: name of the model
+    prompts: TextOptions
+    model_name: str  # hub id or folder of a Llama-Mimi model with the task 'asr', or of an ASR model in transformers
+    # language of the speech, such as 'de'; default: Whisper detects the language, and texts are normalised as English
+    language: str | None = None
     output_dir: Path = Path("results/asr")  # folder for the recordings and the results of all systems
-    codec: str | None = None  # hub id or folder of the codec; default: the model's codec
-    batch_size: int | None = None  # number of recordings per batch; default: 64 on a GPU, else 8
-    device: str | None = None  # torch device; default: the GPU if there is one, else the CPU
-    dtype: DecoderPrecision | None = None  # precision of the decoder; default: bfloat16 on a GPU, float32 on a CPU
-
-    def __post_init__(self) -> None:
-        _check(self.system, {"batch_size": self.batch_size, "limit": self.recordings.limit})
-
-    @property
-    def system(self) -> str:
-        return self.name if self.name is not None else model_folder(self.model_name)
-
-
-def _check(system: str, numbers: Mapping[str, int | None]) -> None:
-    """Raise a `UserError` for a number below 1, and for a name of a system that cannot be the name of its result."""
-    for flag, value in numbers.items():
-        if value is not None and value < 1:
-            raise UserError(f"--{flag} is {value}; set it to 1 or more")
-    if system in RESERVED or system.startswith(RECONSTRUCTION):
-        raise UserError(f"--name '{system}' is reserved; set another --name")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", system):
-        raise UserError(f"--name '{system}' is not a valid file name; set another --name")

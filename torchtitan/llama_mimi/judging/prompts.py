@@ -22,7 +22,16 @@ from llama_mimi.common.resume import require_same
 from llama_mimi.corpora.clips import read_row
 from llama_mimi.corpora.formats import open_source
 from llama_mimi.corpora.source import Row, Source
-from llama_mimi.judging.options import MAX_RECORDING_SECONDS, PROMPTS, RECORDINGS, CorpusOptions, PromptOptions, Texts
+from llama_mimi.judging.options import (
+    MAX_RECORDING_SECONDS,
+    MIN_SECONDS,
+    PROMPTS,
+    RECORDINGS,
+    CorpusOptions,
+    PromptOptions,
+    TextOptions,
+    VoiceOptions,
+)
 
 MANIFEST, FORMAT = "prompts.json", 2
 MAX_UNREADABLE = 0.1  # maximum fraction of unreadable recordings
@@ -42,7 +51,8 @@ class Prompt:
 
     name: str
     speaker: str  # empty if the corpus has no speakers
-    seconds: float  # length of the prompt; 0 without a voice prompt: `PROMPTS` then has no file for the recording
+    # length of the prompt; 0 without a voice prompt: the folder `PROMPTS` then lacks a file for the recording
+    seconds: float
     text: str = ""  # transcript of the recording without its voice prompt; empty in a set for eval/generation.py
     prompt_text: str = ""  # transcript of the voice prompt
 
@@ -59,18 +69,17 @@ class PromptSet:
         """Return the path of a prompt (part `PROMPTS`) or its whole recording (part `RECORDINGS`)."""
         return self.folder / part / f"{prompt.name}.wav"
 
-    @property
-    def has_texts(self) -> bool:
-        """True if the transcripts of the recordings are known."""
-        return any(prompt.text for prompt in self.prompts)
 
+def make_prompts(folder: Path, options: CorpusOptions, max_seconds: float = MAX_RECORDING_SECONDS) -> PromptSet:
+    """Return the prompts of a folder, or make them in a new folder. Changed options or files raise a `UserError`.
 
-def make_prompts(folder: Path, options: CorpusOptions, texts: Texts | None = None) -> PromptSet:
-    """Return the prompts of a folder, or make them in a new folder. Changed options or files raise a `UserError`."""
-    settings = asdict(options) | (texts._asdict() if texts else {})
+    Recordings longer than ``max_seconds`` are cut or, with `TextOptions`, skipped.
+    """
+    settings = {"text_column": None, "voice_seconds": None, **asdict(options)}  # None: a folder of another command
+    settings |= {"max_seconds": max_seconds} if isinstance(options, TextOptions) else {}
     manifest = read_json(str(folder), MANIFEST)
     if manifest is None:
-        prompts, skipped, hash_of_files = _write_prompts(folder, options, texts)
+        prompts, skipped, hash_of_files = _write_prompts(folder, options, max_seconds)
         manifest = {"format": FORMAT, "settings": settings, "skipped": skipped, "sha256": hash_of_files}
         manifest["prompts"] = [asdict(prompt) for prompt in prompts]
         write_atomically(str(folder), MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
@@ -99,9 +108,10 @@ def _files_sha256(folder: Path) -> str:
     return digest({path.relative_to(folder).as_posix(): sha256(path.read_bytes()).hexdigest() for path in files})
 
 
-def _write_prompts(folder: Path, options: CorpusOptions, texts: Texts | None) -> tuple[list[Prompt], Counter[str], str]:
+def _write_prompts(folder: Path, options: CorpusOptions, max_seconds: float) -> tuple[list[Prompt], Counter[str], str]:
     """Write prompts and recordings; return prompts in corpus order, counts of skipped rows, and a hash of the files."""
-    text_column, max_seconds, _ = texts or (None, MAX_RECORDING_SECONDS, 0.0)
+    text_column = options.text_column if isinstance(options, TextOptions) else None
+    min_seconds = options.min_seconds if isinstance(options, PromptOptions) else MIN_SECONDS
     for part in (PROMPTS, RECORDINGS):
         if (folder / part).exists():
             raise UserError(f"'{folder / part}' exists without {MANIFEST}; remove the folder, or {NEW_FOLDER}")
@@ -136,15 +146,15 @@ def _write_prompts(folder: Path, options: CorpusOptions, texts: Texts | None) ->
             skipped[error.reason] += 1
             num_unreadable += error.reason != "too short"
             continue
-        if waveform.seconds < options.min_seconds:
+        if waveform.seconds < min_seconds:
             skipped["too short"] += 1
             continue
         speaker = "" if row.get("speaker") is None else str(row["speaker"])
-        if texts and waveform.is_cut:  # the text would not fit
+        if text_column and waveform.is_cut:  # the text would not fit
             skipped["too long"] += 1
             continue
-        prompt = Prompt(name, speaker, waveform.seconds, row["text"] if texts else "")
-        if isinstance(options, PromptOptions) and not texts:
+        prompt = Prompt(name, speaker, waveform.seconds, row["text"] if text_column else "")
+        if isinstance(options, PromptOptions):
             prompt = replace(prompt, seconds=cut_seconds(waveform, options.prompt_seconds))
             prompt_S = waveform.samples_S[: round(prompt.seconds * waveform.sample_rate_hz)]
             write_wav(partial.file(PROMPTS, prompt), Waveform(prompt_S, waveform.sample_rate_hz))
@@ -161,10 +171,15 @@ def _write_prompts(folder: Path, options: CorpusOptions, texts: Texts | None) ->
         problem = f"{num_unreadable:,} of {num_read:,} recordings of '{options.corpus}' cannot be read"
         raise UserError(f"{problem}, more than {100 * MAX_UNREADABLE:g} %; replace or remove the unreadable files")
     if not drawn:
-        problem = f"'{options.corpus}' lacks a readable recording of at least {options.min_seconds:g} s"
-        raise UserError(f"{problem}; reduce --recording_seconds and --prompt_seconds, or add longer recordings")
+        if skipped["no text"] and not num_read:
+            raise UserError(f"the column '{text_column}' of '{options.corpus}' is empty; set another --text_column")
+        problem = f"'{options.corpus}' lacks a readable recording of {min_seconds:g} to {max_seconds:g} s"
+        remedy = "reduce --recording_seconds and --prompt_seconds, or " * isinstance(options, PromptOptions)
+        raise UserError(f"{problem}; {remedy}add recordings of this length")
     prompts = [prompt for _, _, prompt in sorted(drawn, key=lambda one: one[1])]
-    prompts = _add_voice_prompts(partial, prompts, texts.voice_seconds) if texts else prompts
+    if text_column:
+        voice_seconds = options.voice_seconds if isinstance(options, VoiceOptions) else 0.0
+        prompts = _add_voice_prompts(partial, prompts, voice_seconds)
     hash_of_files = _files_sha256(partial.folder)  # before the rename, because hashing is slow
     for part in (RECORDINGS, PROMPTS):
         (partial.folder / part).mkdir(exist_ok=True)
@@ -177,7 +192,8 @@ def _add_voice_prompts(partial: PromptSet, prompts: Sequence[Prompt], voice_seco
     """Insert a voice prompt before each recording; return the prompts, whose lengths are now those of voice prompts.
 
     The voice prompt is the other recording of the same speaker whose length is nearest to ``voice_seconds``, padded
-    with zeros to whole frames. If ``voice_seconds`` is 0, or if there is no such recording, the recording is unchanged.
+    with zeros to whole frames. The recording is unchanged if ``voice_seconds`` is 0, or if the speaker has only one
+    recording.
     """
     utterances, changed = partial.folder / UTTERANCES, []
     (partial.folder / RECORDINGS).rename(utterances)

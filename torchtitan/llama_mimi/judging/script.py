@@ -4,7 +4,6 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
@@ -41,7 +40,8 @@ from llama_mimi.judging.options import (
     CorpusOptions,
     GenerationOptions,
     MeasureOptions,
-    Texts,
+    SystemOptions,
+    TtsOptions,
     read_criteria,
 )
 from llama_mimi.judging.prompts import PromptSet, make_prompts
@@ -58,8 +58,9 @@ Record = dict[str, Any]
 
 def judge_generations(options: GenerationOptions) -> None:
     """Continue prompts or speak texts, measure the speech, write results and print a table."""
+    max_seconds = options.sampling.seconds if isinstance(options, TtsOptions) else MAX_RECORDING_SECONDS
     with distributed_context(options.device) as ranks, ExitStack() as locks:
-        prompts = _lock_and_make(locks, options.output_dir, options.system, options.prompts, options.texts)
+        prompts = _lock_and_make(locks, options, max_seconds)
         own, made_by, codec = _own_samples(options, prompts, ranks)
         if ranks.rank == 0 and not any(prompt.speaker for prompt in prompts.prompts):
             print("the corpus does not name speakers, so the two voices of a shuffled pair can be the same", flush=True)
@@ -75,8 +76,7 @@ def judge_generations(options: GenerationOptions) -> None:
 def score_recogniser(options: AsrOptions) -> None:
     """Transcribe recordings, write the transcripts and their error rates, and print a table."""
     with distributed_context(options.device) as ranks, ExitStack() as locks:
-        texts = Texts(options.text_column, MAX_RECORDING_SECONDS)
-        prompts = _lock_and_make(locks, options.output_dir, options.system, options.recordings, texts)
+        prompts = _lock_and_make(locks, options, MAX_RECORDING_SECONDS)
         recogniser = _recogniser(options, ranks)
         samples = [Sample(prompt, 0, Clip(prompts.file(RECORDINGS, prompt))) for prompt in prompts.prompts]
         values = metrics.compute(recogniser, [(sample.clip,) for sample in samples], prompts.folder / MEASURED, ranks)
@@ -85,8 +85,10 @@ def score_recogniser(options: AsrOptions) -> None:
         settings = {"seconds": MAX_RECORDING_SECONDS, "measures": measures}
         if ranks.rank == 0:
             made_by: Record = {"model": options.model_name, "model_sha256": weights_sha256(options.model_name)}
-            made_by["recogniser"] = recogniser.description
-            _write_results(prompts, options.recordings, made_by, {options.system: samples}, records, settings)
+            # Paths and versions are elsewhere in the result, and do not identify a recogniser.
+            description = recogniser.description | {"language": options.language}
+            made_by["recogniser"] = {k: v for k, v in description.items() if k not in ("model", "transformers")}
+            _write_results(prompts, options.prompts, made_by, {options.system: samples}, records, settings)
 
 
 def _recogniser(options: AsrOptions, ranks: DistributedContext) -> metrics.Measure:
@@ -97,7 +99,7 @@ def _recogniser(options: AsrOptions, ranks: DistributedContext) -> metrics.Measu
         batch_size = options.batch_size or LISTENING_BATCH_SIZES[is_gpu]
         return metrics.transcripts(name, options.language, ranks.device, batch_size)
     model = load_speech_model(name, codec_name=options.codec, device=str(ranks.device), dtype=options.dtype)
-    model.require_task("asr", "eval/asr.py")
+    model.require_task("eval/asr.py", "asr")
     num_rows = options.batch_size or BATCH_SIZES[is_gpu]
 
     def values(batch: Sequence[metrics.Input]) -> Iterator[metrics.Value]:
@@ -110,15 +112,13 @@ def _recogniser(options: AsrOptions, ranks: DistributedContext) -> metrics.Measu
     return metrics.Measure("transcripts", ("text", "ended"), description, values, BATCHES_PER_GROUP * num_rows)
 
 
-def _lock_and_make(
-    locks: ExitStack, folder: Path, system: str, options: CorpusOptions, texts: Texts | None
-) -> PromptSet:
-    """Return the prompts of a folder, which the first command makes. Lock the result of ``system``."""
+def _lock_and_make(locks: ExitStack, options: SystemOptions, max_seconds: float) -> PromptSet:
+    """Return the prompts in a folder. The first command creates the prompts. Lock the result of the system."""
 
     def lock_and_make() -> PromptSet:
-        locks.enter_context(locked(folder / f".{system}{LOCK}", "--output_dir"))
-        with locked(folder / LOCK, "--output_dir", wait=True):
-            return make_prompts(folder, options, texts)
+        locks.enter_context(locked(options.output_dir / f".{options.system}{LOCK}", "--output_dir"))
+        with locked(options.output_dir / LOCK, "--output_dir", wait=True):
+            return make_prompts(options.output_dir, options.prompts, max_seconds)
 
     return broadcast_from_rank0(lock_and_make)
 
@@ -135,7 +135,7 @@ def _write_results(
     folder, is_official = prompts.folder, options.corpus == OFFICIAL_CORPUS and options.limit is None
     own, *_ = samples
     if earlier := read_json(str(folder), f"{own}.json"):  # refuse another system with the same name
-        origin: Record = {key: made_by[key] for key in ("wavs", "model_sha256") if key in made_by}
+        origin: Record = {key: made_by[key] for key in ("wavs", "model_sha256", "recogniser") if key in made_by}
         require_same(earlier.get("made_by") or {}, origin, f"'{folder / own}.json'", "choose another --name")
     for system, some in samples.items():
         own_records, records = records[: len(some)], records[len(some) :]
@@ -260,7 +260,7 @@ def measure_samples(
             record["auto_bleu"] = metrics.auto_bleu(words)
         else:
             record["missing"]["words"] = "no words"
-    if prompts.has_texts:
+    if any(prompt.text for prompt in prompts.prompts):
         descriptions["error_rates"] = add_error_rates(records, prompts, options.language, "tts")
     spoken = [record for record in audible if "words" not in record["missing"]]
     pairs = [(record["prompt_text"], record["text"]) for record in spoken]

@@ -33,14 +33,12 @@ ONE_VARIANT = "one variant"
 PUBLISHED = ROOT / "eval" / "published.toml"
 RULES = "Accuracies with the name of a rule, such as 'level 0', use a further scoring rule (see `eval/README.md`)."
 LEGEND = (
-    "Accuracies are in percent. A cell begins with a mean over runs (seeds) and items. An item is a pair, a group of "
-    "pairs, or a prompt; n is the number of items. The brackets contain a 95 % confidence interval (Student's t), "
-    "which includes the variation between runs and the variation between items. If speakers are known, the items of "
-    "one speaker form a cluster. A cell without brackets has equal values, "
+    "Accuracies are in percent. A cell begins with a mean over runs (seeds) and n items (pairs, groups of pairs, or "
+    "prompts). The brackets contain a 95 % confidence interval (Student's t). The interval includes the variation "
+    "between runs and between items, or between speakers if they are known. A cell without brackets has equal values, "
     "too few values, or values of one speaker.",
     "A number with a sign is the difference from the first model. For perplexities, the ratio is shown instead. A "
-    "difference uses the items for which both models have values, so it can deviate from the difference of the two "
-    "means. If the number of items of a mean or of a difference is not n, the cell states the number.",
+    "difference uses the items for which both models have values. A cell states the number of items if it is not n.",
 )
 ONE_RUN = (
     "Each model is one run. One run cannot show the variation between seeds: the intervals include only the variation "
@@ -48,21 +46,14 @@ ONE_RUN = (
 )
 LEGEND_OF_STUDIES = (
     *LEGEND,
-    f"{RULES} The variance between runs is pooled over all variants of the study. In a row with †, Levene's test "
-    "rejects equal variances (5 %), and each variant has its own variance. With few seeds, the test detects only large "
-    "differences. So a primary difference has a second p-value, without pooling.",
-    "The study file names the primary difference of a table. All other differences are exploratory. A star marks "
-    "a primary difference whose first p-value is at most 0.05, or an exploratory difference with p ≤ 0.05 after the "
-    "adjustment of Benjamini and Hochberg over the exploratory differences of the table. Intervals are not adjusted.",
-    "The last table of a section compares the decisions of two runs with different seeds, pair by pair. In the column "
-    f"'{ONE_VARIANT}', both runs are of one variant (mean over the variants). In the other columns, one run is of the "
-    "first variant, and one run is of the named variant.",
+    f"{RULES} In a row with †, the variance between runs is not pooled. A star marks p ≤ 0.05. P-values of "
+    "exploratory differences are adjusted; intervals are not. `config/studies/README.md` explains the statistics "
+    "and the tables. Bits of models with different numbers of levels are not comparable.",
 )
 SUMMARY = (
     "Accuracies are in percent. The brackets contain a 95 % interval over n items: for accuracies, Wilson's interval "
     "over words, sentences or pairs; for other measures, Student's t over prompts, or over speakers if they are known. "
-    "Each system is one run, and one run cannot show the variation between seeds. The preset 'original' counts each "
-    f"voice as a pair. {RULES}"
+    f"Each system is one run. The preset 'original' counts each voice as a pair. {RULES}"
 )
 
 
@@ -146,7 +137,9 @@ def comparison(
 
 
 def with_stars(differences: Mapping[str, Mapping[str, Estimate]]) -> dict[str, dict[str, Estimate]]:
-    """Return the differences with their stars; see `LEGEND`. A difference without a p-value does not have a star."""
+    """Return the differences with their stars: p <= `SIGNIFICANCE`, for exploratory differences after the adjustment of
+    Benjamini and Hochberg. A difference without a p-value does not have a star.
+    """
     p_values = {(name, label): one.interval.p_value for name, of in differences.items() for label, one in of.items()}
     tested = [key for key, p in p_values.items() if math.isfinite(p) and not differences[key[0]][key[1]].is_primary]
     adjusted = stats.false_discovery_control([p_values[key] for key in tested]) if tested else []

@@ -67,8 +67,9 @@ def estimate(
         clusters_N=clusters.to_numpy(),
         run_variance=run_variance,
     )
-    if baseline is None and measure.factor == 100:  # an accuracy or another fraction
-        interval = interval._replace(low=max(interval.low, 0.0), high=min(interval.high, 100.0))
+    if baseline is None and (measure.is_error_rate or measure.factor == 100):  # 100: an accuracy or another fraction
+        high = interval.high if measure.is_error_rate else min(interval.high, 100.0)
+        interval = interval._replace(low=max(interval.low, 0.0), high=high)
     seeds, count = tuple(run - of_baseline for run in runs), len(items) if items[0] else 0
     if count == 1:  # not a measure without items, so the variation between items is unknown
         interval = Interval(interval.mean, math.nan, math.nan, math.nan)

@@ -16,9 +16,8 @@ SEEDS = (3, 5, 8, 16)
 ITEMS = (200, 1000, 5000)
 LEGEND = (
     "Each cell contains the smallest true difference between two variants that is detected with a probability of 80 % "
-    f"with {', '.join(map(str, SEEDS[:-1]))} and {SEEDS[-1]} seeds for each variant (two-sided test at 5 %, as for a "
-    "primary difference). Accuracies are in percentage points. Perplexities have ratios instead. n is the number of "
-    "items; if speakers are known, more items come from more speakers. `config/studies/README.md` explains the columns."
+    f"with {', '.join(map(str, SEEDS[:-1]))} and {SEEDS[-1]} seeds for each variant. Accuracies are in percentage "
+    "points. Perplexities have ratios instead. `config/studies/README.md` explains the test and the columns."
 )
 
 

@@ -36,6 +36,7 @@ class MeasureFormat:
     factor: float = 1.0  # shown value / stored value; 100 for percent
     is_log: bool = False  # values are logarithms; show exp of means, and ratios for differences
     is_accuracy: bool = False  # True for benchmarks
+    is_error_rate: bool = False  # in percent, and can be above 100
 
     def text(self, value: float) -> str:
         """Return a stored value or mean as text."""
@@ -43,6 +44,7 @@ class MeasureFormat:
 
 
 _accuracy = partial(MeasureFormat, digits=1, factor=100, is_accuracy=True)
+_error_rate = partial(MeasureFormat, digits=1, is_error_rate=True)
 # Measures in the order of rows in a table. Other parts of benchmarks and the judge's criteria follow.
 MEASURES = {
     **{name: _accuracy(heading) for name, heading in SALMON.items()},
@@ -53,13 +55,13 @@ MEASURES = {
     "sStoryCloze/tStoryCloze": _accuracy("tStoryCloze"),
     "prosaudit/english_dev_protosyntax": _accuracy("ProsAudit protosyntax"),
     "prosaudit/english_dev_lexical": _accuracy("ProsAudit lexical"),
-    "asr/wer": MeasureFormat("WER of transcripts (%)", 1),
-    "asr/cer": MeasureFormat("CER of transcripts (%)", 1),
-    "asr/wer_shuffled": MeasureFormat("WER of transcripts, shuffled texts (%)", 1),
+    "asr/wer": _error_rate("WER of transcripts (%)"),
+    "asr/cer": _error_rate("CER of transcripts (%)"),
+    "asr/wer_shuffled": _error_rate("WER of transcripts, shuffled texts (%)"),
     "asr/wer_gain": MeasureFormat("shuffled WER minus WER of transcripts", 1),
-    "tts/wer": MeasureFormat("WER of speech (%)", 1),
-    "tts/cer": MeasureFormat("CER of speech (%)", 1),
-    "tts/wer_shuffled": MeasureFormat("WER of speech, shuffled texts (%)", 1),
+    "tts/wer": _error_rate("WER of speech (%)"),
+    "tts/cer": _error_rate("CER of speech (%)"),
+    "tts/wer_shuffled": _error_rate("WER of speech, shuffled texts (%)"),
     "tts/wer_gain": MeasureFormat("shuffled WER minus WER of speech", 1),
     "similarity": MeasureFormat("speaker similarity"),
     "seconds": MeasureFormat("seconds", 2),  # next to the similarity, which depends on the length

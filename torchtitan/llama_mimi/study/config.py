@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, get_type_hints
 from llama_mimi.common.choices import Architecture
 from llama_mimi.common.command_line import parse_options, to_cli_args
 from llama_mimi.common.errors import UserError
-from llama_mimi.evaluation.options import PRIMARY, PROMPT_RULES, EvaluationOptions
+from llama_mimi.evaluation.options import PRIMARY, PROMPT_RULES, TEXT_RULES, EvaluationOptions
 from llama_mimi.evaluation.script import BENCHMARK_SCRIPTS
 from llama_mimi.judging.options import GenerationOptions, read_criteria
 from llama_mimi.report.results import BITS, FIXED_LENGTH, MEASURES
@@ -177,8 +177,9 @@ def _scored(study: Study) -> set[str]:
         script = BENCHMARK_SCRIPTS[name]
         script.result_path(options)  # raises a `UserError` for invalid flags
         _, scoring = options.scoring(script.levels)
-        has_prompts = script.has_prompts and not scoring.as_released
-        rules = {*scoring.by_levels, *(PROMPT_RULES if has_prompts else ()), *script.text_rules} - {PRIMARY}
+        rules = {*scoring.by_levels} - {PRIMARY}
+        rules |= {*PROMPT_RULES} if script.has_prompts and not scoring.as_released else set()
+        rules |= {*script.text_rules} if scoring.allows_text else set()
         parts = {measure for measure in MEASURES if measure.startswith(f"{name}/")}
         root = Path(options.data_dir or "")
         if name in ("salmon", "sStoryCloze") and options.data_dir and root.is_dir():  # a part may be any folder
@@ -221,7 +222,11 @@ def _table(study: Study, grid: Flags, computed: set[str]) -> Table:
     if len(others) != 1:
         problem = f"{name} selects {len(others)} variants besides the baseline"
         raise UserError(f"{problem}; set values of axes that select exactly one")
-    levels = {variant.num_quantizers for variant in (variants[0], others[0])}
+    both = variants[0], others[0]
+    task = TEXT_RULES.get(measure.partition(":")[2])  # of both models, if the measure is a text rule
+    if task and not all(task in variant.tasks.split(",") for variant in both):
+        computed = computed - {measure}
+    levels = {variant.num_quantizers for variant in both}
     bits = {f"{BITS}{number}" for number in levels if len(levels) == 1}  # bits of other numbers are not comparable
     if measure not in computed | bits:
         problem = f"{name} names the measure '{measure}', which the study does not compute for both variants"

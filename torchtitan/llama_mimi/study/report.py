@@ -19,10 +19,6 @@ from llama_mimi.study.run import INDEX
 from llama_mimi.training.metrics import BITS as BITS_KEY
 
 REPORT, RESULTS = "report.md", "results.parquet"
-ABOUT_BITS = (
-    "Bits are computed over the tokens that are possible at a position: the codes of the position's level and, between "
-    "frames, `</audio>`. Bits of models with different numbers of levels are not comparable."
-)
 COSTS = {  # rows of a table: key in the index, unit in FLOPs, name of the unit
     "training": ("flops", 1, "FLOP"),
     "generation of one second of audio": ("generation_flops_per_audio_second", 1e9, "GFLOP"),
@@ -49,7 +45,7 @@ def sections(study: Study, lines: Lines) -> list[Section]:
     encoder = study.generation.get("speaker_model")
     notes = [study.note, f"Speaker encoder of the speaker similarity: `{encoder}`." if encoder else None]
     one_run = [ONE_RUN] if len(study.seeds) == 1 else []
-    found = [Section(f"Study {study.name}", [about, *filter(None, notes), *LEGEND_OF_STUDIES, *one_run, ABOUT_BITS])]
+    found = [Section(f"Study {study.name}", [about, *filter(None, notes), *LEGEND_OF_STUDIES, *one_run])]
     if missing:
         failed = {line["label"]: line["failed"] for line in missing}
         why = [f"{run}: {f['step']} failed: {f['why']}" if f else f"{run}: not finished" for run, f in failed.items()]
