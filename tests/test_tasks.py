@@ -109,6 +109,13 @@ def test_ids_and_labels_are_those_of_a_plain_construction(architecture, task, da
         assert labels_LW[num:].eq(IGNORE_INDEX).all()
 
 
+def test_a_vocabulary_without_text_builds_audio():
+    tokenizer = load_speech_tokenizer(str(TINY / "llama"), str(TINY / "mimi"), Q, "audio")
+    example = ExampleBuilder(tokenizer).build("audio", coded(3))
+    ids_NW = np.concatenate([example.prefix_NW, example.ids_NW])
+    assert ids_NW[:, 0].tolist() == tokenizer.encode(torch.from_numpy(coded(3).codes_TQ), is_cut=False).tolist()
+
+
 def as_rows(tokenizer, sequence):
     """Return ids (N, W) and a mask of targets (N,) of a flattened sequence; -1: no token."""
     vocabulary, rows, width = tokenizer.vocabulary, [], tokenizer.ids_per_position

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -40,8 +41,10 @@ class ExampleBuilder:
         self._ids_QK = tokenizer.vocabulary.admissible_ids(torch.device("cpu")).numpy()[:, :-1]  # token of each code
         self._bos_1W = self._rows([tokenizer.text_tokenizer.bos_token_id])
         self._start_1W = self._rows([tokenizer.vocabulary.audio_start_id])
-        self._eos_1W = self._rows([tokenizer.text_tokenizer.eos_token_id])
-        self._newline_NW = self._text("\n")
+
+    @cached_property
+    def _newline_NW(self) -> np.ndarray:
+        return self._text("\n")
 
     def build(self, task: Task, clip: Encoded, *, starts_with_text: bool = False) -> Example:
         """Build an example. ``starts_with_text``: the first of several utterances is a text (task "interleaved")."""
@@ -49,11 +52,11 @@ class ExampleBuilder:
             return self._interleave(clip, starts_with_text)
         text_NW = self._rows([]) if task == "audio" else self._text(clip.text or "")
         if isinstance(clip, TextClip):
-            ids_NW = np.concatenate([text_NW, self._eos_1W]) if clip.text.strip() else text_NW[:0]
+            ids_NW = np.concatenate([text_NW, self._eos()]) if clip.text.strip() else text_NW[:0]
             return Example(self._bos_1W, ids_NW, _labels(ids_NW), np.arange(1, len(ids_NW) + 1))
         audio_NW, num_frames = self._audio(clip), len(clip.codes_TQ)
         if task == "asr":
-            ids_NW = np.concatenate([audio_NW, text_NW, self._eos_1W])
+            ids_NW = np.concatenate([audio_NW, text_NW, self._eos()])
             labels_NW = _labels(ids_NW)
             labels_NW[: len(audio_NW)] = IGNORE_INDEX
             prefix_NW = np.concatenate([self._bos_1W, self._start_1W])
@@ -82,6 +85,9 @@ class ExampleBuilder:
         rows_NW = np.full((len(ids), self._tokenizer.ids_per_position), NO_TOKEN)
         rows_NW[:, 0] = ids
         return rows_NW
+
+    def _eos(self) -> np.ndarray:
+        return self._rows([self._tokenizer.text_tokenizer.eos_token_id])
 
     def _text(self, text: str) -> np.ndarray:
         return self._rows(text_ids(self._tokenizer.text_tokenizer, text))
