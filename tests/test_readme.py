@@ -37,7 +37,7 @@ ELSEWHERE = {
     f"{SCRIPT}convert_dcp_to_hf.py --checkpoint outputs/tiny_text_speech": "needs the recipe; tests/test_scripts.py",
     "uv run python eval/asr.py --model_name models/tiny_text_speech": "tests/test_error_rates.py",
     "uv run python eval/tts.py": "tests/test_error_rates.py",
-    f"{SCRIPT}study.py config/studies/tiny.toml": "an hour or more; tests/test_study.py",
+    f"{SCRIPT}study.py config/studies/tiny": "half an hour or more; tests/test_study.py",
     f"{SCRIPT}build_page.py --study": "needs the study; tests/test_pages.py",
     "uv run tensorboard": "serves until it is stopped",
     f"{SCRIPT}demo.py": "serves until it is stopped; tests/test_browser.py",
