@@ -85,7 +85,7 @@ def speech_config(
 
 
 def save_run_record(
-    dump_folder: str, config: PreTrainedConfig, tokenizer: SpeechTokenizer, lora: dict[str, Any]
+    dump_folder: str, config: PreTrainedConfig, tokenizer: SpeechTokenizer, lora: dict[str, Any] | None = None
 ) -> None:
     """Write the configuration, the tokenizer and the result of `adapter_config` to `ASSETS_FOLDER`, on rank 0."""
     if not dist.is_initialized() or dist.get_rank() == 0:

@@ -44,7 +44,7 @@ def convert_checkpoint(checkpoint: Path, output_dir: Path, dtype: Precision = "f
     args = kind.args(config)
     weights = load_model_state(step, args, verify)
     if any(name.endswith(LORA_WEIGHTS) for name in weights):
-        lora = read_json(str(record), ADAPTER_CONFIG)
+        lora = json.loads((record / ADAPTER_CONFIG).read_text())
         weights, adapter = merge_lora(weights, args, lora)
         adapter = {name: weight.to(DTYPES[dtype]) for name, weight in adapter.items()}
         save_adapter(output_dir / "adapter", adapter, lora)

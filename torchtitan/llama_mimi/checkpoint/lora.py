@@ -44,7 +44,8 @@ def merge_lora(
     Returns:
         The weights of a model without LoRA, and the tensors of PEFT's adapter.
     """
-    merged, adapter = dict(state), {}
+    merged = dict(state)
+    adapter: dict[str, torch.Tensor] = {}
     to_hf = LlamaMimiStateDictAdapter(args, None).to_hf
     for key, update in state.items():
         layer, _, kind = key.rpartition(".")
