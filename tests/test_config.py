@@ -134,6 +134,16 @@ def tiny_with(*flags):
         ("--model.flavor 768x8 --parallelism.tensor_parallel_degree 2", "is 2; set a divisor of 3, the number"),
         ("--parallelism.tensor_parallel_degree 2 --training.seq_len 257", "training.seq_len is 257; set a multiple"),
         ("--training.global_batch_size 6", "set a multiple of 4"),
+        ("--validation.patience -1", "validation.patience is -1; set a finite number of at least 0"),
+        (
+            "--validation.patience 1 --validation.freq 100",
+            "validation.freq is 100; set a multiple of checkpoint.interval",
+        ),
+        ("--validation.patience 2 --checkpoint.keep_latest_k 4", "checkpoint.keep_latest_k is 4; set 0, or more than"),
+        (
+            "--validation.patience 1 --checkpoint.keep_latest_k 3 --checkpoint.last_save_in_hf",
+            "checkpoint.last_save_in_hf is True; set false: a run that",
+        ),
         # Files
         ("--parallelism.context_parallel_degree 2", "more than 1 on a CPU; set it to 1, or use GPUs"),
         (
@@ -142,7 +152,7 @@ def tiny_with(*flags):
         ),
         ("--codec.name models/nothing/here", "codec folder 'models/nothing/here' does not exist"),
         ("--model.hf_assets_path models/nothing", "prepare_base_model.py"),
-        ("--training.dataset assets/tiny/corpus,assets/tiny/words", "set one corpus, or (for training only) several"),
+        ("--training.dataset assets/tiny/corpus,assets/tiny/words", "set one corpus, or several corpora tokenised"),
         ("--training.dataset assets/tiny/corpus", "contains the splits train, validation; set data.split"),
         ("--checkpoint.initial_load_in_hf", "vocab_size = 512, but the current value is 1538"),
         ("--checkpoint.initial_load_path models/nothing", "models/nothing/.metadata' is missing"),

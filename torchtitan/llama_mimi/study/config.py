@@ -268,6 +268,7 @@ def _check(study: Study) -> None:
     unused = [some for some in values if not any(applies(some, variant) for variant in study.variants)]
     configs = [resolved(study.flags(v) | {"training.steps": v.steps}) for v in study.variants]
     is_unknown_batch = launch.train and any(config.training.global_batch_size < 1 for config in configs)
+    can_stop = any(config.validation.enable and config.validation.patience for config in configs)
     for is_wrong, message in (
         (not study.runs, "the study lacks tables or seeds; add [[tables]], and at least one seed"),
         (
@@ -277,6 +278,7 @@ def _check(study: Study) -> None:
         (len({*study.seeds}) < len(study.seeds), f"seeds is {study.seeds}; set each seed only once"),
         (own, f"only axes or the study itself may set {', '.join(sorted(own))}; remove these keys"),
         (unused, f"the [[override]] {unused[:1]} does not apply to any variant; use values from [[tables]]"),
+        (can_stop, "all runs of a study must train for their number of steps; set validation.patience to 0"),
         (is_unknown_batch, "the number of ranks of launch.train is unknown; set training.global_batch_size"),
     ):
         if is_wrong:
