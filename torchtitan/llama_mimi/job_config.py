@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from llama_mimi.common.choices import LORA_TARGETS, Architecture, Precision, VocabularyKind
+from llama_mimi.common.choices import Architecture, Precision, VocabularyKind
 
 
 @dataclass
@@ -66,7 +66,9 @@ class Lora:
     alpha: float = 32.0
     """Updates are multiplied by alpha / rank"""
 
-    targets: list[str] = field(default_factory=lambda: [*LORA_TARGETS])
+    targets: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
     """Layers with updates, by their names in Hugging Face models"""
 
     dropout: float = 0.0
