@@ -11,7 +11,7 @@ from llama_mimi.common.choices import AUDIO_TARGETS
 from llama_mimi.common.command_line import REPORT, print_next
 from llama_mimi.common.distributed import DistributedContext, broadcast_from_rank0, distributed_context
 from llama_mimi.common.errors import UserError
-from llama_mimi.common.files import write_atomically
+from llama_mimi.common.files import is_synthetic, write_atomically
 from llama_mimi.common.hub import weights_sha256
 from llama_mimi.common.resume import ProgressLog
 from llama_mimi.common.versions import versions
@@ -78,7 +78,7 @@ class BenchmarkScript:
             "model": options.model_name,
             "model_sha256": broadcast_from_rank0(lambda: weights_sha256(options.model_name)),
             "data": source,
-            "data_kind": benchmarks.data_kind(source, benchmark.pairs if options.limit is None else []),
+            "data_kind": "synthetic" if is_synthetic(source) else "other",
             "scoring": vars(scoring) | {"tie": scoring.tie, "by_group": scoring.by_group},
             "num_quantizers": codec.num_quantizers,
             "codec": {"name": codec.name, "sha256": codec_hash(codec.name), "sliding_window": codec.sliding_window},

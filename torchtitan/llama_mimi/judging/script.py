@@ -50,7 +50,6 @@ from llama_mimi.report.comparisons import comparable_sets, summary
 from llama_mimi.report.document import to_markdown
 from llama_mimi.report.results import KIND, read_results
 
-OFFICIAL_CORPUS = "librispeech_clean_test"
 # Batch sizes on a CPU and on a GPU. Whisper large needs 0.5 GB per clip in float32.
 BATCH_SIZES, LISTENING_BATCH_SIZES = (8, 64), (8, 16)
 Record = dict[str, Any]
@@ -132,8 +131,7 @@ def _write_results(
     settings: Record,
 ) -> None:
     """Write a result file for each system, and print a table. ``made_by`` describes the origin of the first system."""
-    folder, is_official = prompts.folder, options.corpus == OFFICIAL_CORPUS and options.limit is None
-    own, *_ = samples
+    folder, own = prompts.folder, next(iter(samples))
     if earlier := read_json(str(folder), f"{own}.json"):  # refuse another system with the same name
         origin: Record = {key: made_by[key] for key in ("wavs", "model_sha256", "recogniser") if key in made_by}
         require_same(earlier.get("made_by") or {}, origin, f"'{folder / own}.json'", "choose another --name")
@@ -147,7 +145,7 @@ def _write_results(
             **settings,
             "versions": versions(),
             "audio_sha256": digest([sample.clip.key for sample in some]),
-            "data_kind": "synthetic" if is_synthetic(options.corpus) else "official" if is_official else "other",
+            "data_kind": "synthetic" if is_synthetic(options.corpus) else "other",
             "made_by": made_by if system == own else None,
             "missing": Counter(f"{name}: {why}" for record in own_records for name, why in record["missing"].items()),
             "samples": own_records,

@@ -125,7 +125,7 @@ class Results(NamedTuple):
 
     Columns: system, measure, item (a group of pairs, or a prompt), sample (number within the item), value (NaN if
     missing), conditions (settings that must be equal in a comparison), weights (hash), data (hash of audio or prompts),
-    data_kind ("official", "synthetic" or "other"), is_reference (True for recordings, for example), and cluster
+    data_kind ("synthetic" or "other"), is_reference (True for recordings, for example), and cluster
     (items that are not independent: the speaker of a pair or prompt if known, else the item).
     """
 
@@ -157,7 +157,9 @@ def read_results(paths: Sequence[Path]) -> Results:
             raise UserError(f"'{file}' has format {found!r}, not {FORMAT}; remove the file and re-run the evaluation")
         try:
             items, of_file = _benchmark(report, file.parent.name) if "benchmark" in report else _generations(report)
-            items = items.assign(data_kind=report["data_kind"])[COLUMNS]
+            # Earlier commits also wrote "official", instead of "other".
+            data_kind = "synthetic" if report["data_kind"] == "synthetic" else "other"
+            items = items.assign(data_kind=data_kind)[COLUMNS]
         except DAMAGE as error:
             what = f"{type(error).__name__}: {first_line(error)}"
             raise UserError(f"'{file}' is a damaged result ({what}); remove it, and re-run the evaluation") from error

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import write_atomically
-from llama_mimi.report.comparisons import LEGEND_OF_STUDIES, ONE_RUN, comparison, published_numbers
+from llama_mimi.report.comparisons import LEGEND_OF_STUDIES, ONE_RUN, comparison
 from llama_mimi.report.document import Section, to_markdown, write_markdown
 from llama_mimi.report.power import power_table
 from llama_mimi.report.results import BITS, read_results
@@ -64,7 +64,7 @@ def sections(study: Study, lines: Lines) -> list[Section]:
         found.append(
             comparison(items, table.title, groups, picture, all_groups=all_groups, primary=primary, costs=costs)
         )
-    return found + published_numbers(items)
+    return found
 
 
 def _collect_results(study: Study, lines: Lines) -> pd.DataFrame:
