@@ -43,7 +43,7 @@ def main(
     from llama_mimi.report.document import import_extra
     from llama_mimi.study.config import read_study
     from llama_mimi.study.report import power_report, write_report
-    from llama_mimi.study.run import check_primaries, check_unchanged, judge, read_record, train_and_score, write_index
+    from llama_mimi.study.run import check_unchanged, judge, read_record, train_and_score, write_index
 
     logging.getLogger().setLevel(logging.ERROR)  # no warnings of TorchTitan about missing base models
     study = read_study(file)
@@ -61,7 +61,6 @@ def main(
     if power:
         return print(power_report(study), end="")
     import_extra("matplotlib", "the report")  # before runs that take hours
-    check_primaries(study)
     if not report_only:
         check_unchanged(study)
         train_and_score(study, runs if part is None else [runs[part]])
