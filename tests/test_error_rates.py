@@ -123,7 +123,7 @@ def transcribed(tmp_path_factory):
 def test_the_tiny_recogniser_has_its_known_error_rate(transcribed):
     """The rate is in assets/tiny/recogniser/README.md. The interval is that of a plain call, over speakers."""
     result = json.loads((transcribed / "recogniser.json").read_text())
-    samples, (_, measure, rows) = result["samples"], next(by_measure(read_results([transcribed]).items, ["measure"]))
+    samples, (_, measure, rows) = result["samples"], next(by_measure(read_results([transcribed]), ["measure"]))
     assert len(samples) == 47 and result["data_kind"] == "synthetic" and rows["measure"].iloc[0] == "asr/wer"
     errors = [sample["word_errors"]["errors"] for sample in samples]
     words = [sample["word_errors"]["words"] for sample in samples]

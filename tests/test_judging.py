@@ -412,7 +412,7 @@ def test_one_command_from_prompts_to_results(generated, model_folder, tmp_path, 
     sample = results[f"{own}.json"]["samples"][1]
     assert (generated / sample["file"]).is_file() and -1 <= sample["similarity"] <= 1
     assert {"prompt", "sample", "missing", "text", "prompt_text", "seconds", "ended", "similarity/0.8"} <= sample.keys()
-    items = read_results([generated]).items
+    items = read_results([generated])
     fixed = items[(items["system"] == own) & (items["measure"] == "similarity/0.8")]
     listed = json.loads((generated / "prompts.json").read_text())["prompts"]
     speakers = {prompt["name"]: prompt["speaker"] for prompt in listed}

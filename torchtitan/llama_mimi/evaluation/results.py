@@ -1,6 +1,5 @@
 """Compute accuracies from scores; build, check and print result files."""
 
-import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -61,14 +60,11 @@ def results(
         if (prompt := prompts[2 * index]) is not None:
             entry["prompt_frames"] = prompt
         pairs.append(entry)
-    report = accuracies(pairs)
-    if mean_of:
-        report["missing_parts"] = [part for part in mean_of if part not in report["parts"]]
     by_rule: dict[str, list[Result]] = defaultdict(list)
     for entry in pairs:
         for rule, decided in entry["rules"].items():
             by_rule[rule].append(entry | decided)
-    report["rules"] = {rule: accuracies(decided) for rule, decided in by_rule.items()}
+    report = accuracies(pairs) | {"rules": {rule: accuracies(decided) for rule, decided in by_rule.items()}}
     return report | {"unpaired_clips": len(benchmark.unpaired), "notes": benchmark.notes, "pairs": pairs}
 
 
@@ -137,16 +133,11 @@ def summary(report: Result) -> list[str]:
             lines += [f"  {label} {value}: {shown(some)}" for value, some in values.items()]
     if (mean := report.get("mean_of_parts")) is not None:
         lines.append(f"mean over parts: {shown(mean)}")
-    elif "mean_of_parts" in report:
-        lines.append(f"no mean over parts, because these parts are missing: {', '.join(report['missing_parts'])}")
     for rule, found in report["rules"].items():
         mean = found.get("mean_of_parts")
         accuracies = {"mean over parts": mean} if mean else found["parts"]
         shown_parts = "; ".join(f"{part}: {shown(result)}" for part, result in accuracies.items())
         lines.append(f"rule {rule.replace('_', ' ')}: {shown_parts}")
-    if prompts := [pair["prompt_frames"] for pair in report["pairs"] if "prompt_frames" in pair]:
-        length = f"{statistics.median(prompts):g} frames (median)"
-        lines.append(f"prompt of a pair: {length}; {prompts.count(0):,} pairs without a prompt are scored whole")
     return lines
 
 

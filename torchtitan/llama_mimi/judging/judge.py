@@ -18,7 +18,7 @@ TIMEOUT_SECONDS = 120.0  # per call
 
 
 def read_reply(text: str, names: Sequence[str]) -> dict[str, int]:
-    """Return the measures ``judge/<name>`` from the last JSON object of a reply; a wrong reply raises a `ValueError`."""
+    """Return measures ``judge/<name>`` from the last JSON object of a reply. A wrong reply raises a `ValueError`."""
     for found in reversed(re.findall(r"{[^{}]*}", text)):  # text before the scores may contain braces, too
         try:
             scores = parse_json(found)

@@ -152,7 +152,7 @@ def _write_results(
         }
         content = json.dumps(result, indent=1, allow_nan=False) + "\n"
         write_atomically(str(folder), f"{system}.json", content.encode())
-    items = read_results(visible_files(folder, "*.json")).items
+    items = read_results(visible_files(folder, "*.json"))
     print(to_markdown([summary(some, title) for title, some in comparable_sets(items)]))
     print(f"written to {folder / own}.json; the results of other systems and references are in the same folder")
     print_next(REPORT, results=folder, output_file=folder / "report.md")

@@ -205,18 +205,18 @@ def comparable_sets(items: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
 
 def report_results(results: Sequence[Path], output_file: Path | None) -> None:
     """Write the report of scripts/report.py to a file; if ``output_file`` is None, print the report."""
-    found = read_results(results)
-    if found.items.empty:
+    items = read_results(results)
+    if items.empty:
         raise UserError(f"result files are missing in {', '.join(map(str, results))}; run the scripts in eval/ first")
     sections: list[Section] = []
-    for number, (title, items) in enumerate(comparable_sets(found.items), 1):
+    for number, (title, some) in enumerate(comparable_sets(items), 1):
         picture = f"{output_file.stem}-{number}" if output_file else None
-        sections.append(summary(items, title, picture))
-        groups = {system: [system] for system in items["system"][~items["is_reference"]].unique()}
+        sections.append(summary(some, title, picture))
+        groups = {system: [system] for system in some["system"][~some["is_reference"]].unique()}
         if len(groups) > 1:
-            sections.append(comparison(items, f"Differences, {title}", groups, picture and f"{picture}-differences"))
+            sections.append(comparison(some, f"Differences, {title}", groups, picture and f"{picture}-differences"))
     legend = (*LEGEND, ONE_RUN) if any(section.title.startswith("Differences") for section in sections) else ()
-    sections = [Section("Results", legend, items=found.notes), *sections]
+    sections = [Section("Results", legend), *sections]
     if output_file is None:
         return print(to_markdown(sections))
     write_markdown(sections, output_file)

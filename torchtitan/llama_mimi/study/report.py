@@ -83,7 +83,7 @@ def _collect_results(study: Study, lines: Lines) -> pd.DataFrame:
 def _saved_results(study: Study) -> pd.DataFrame:
     """Read all values from the result files and save them as `RESULTS`. Without result files, read `RESULTS`."""
     folders = [folder for name in ("results", "generations") if (folder := study.output_dir / name).is_dir()]
-    found = read_results(folders).items
+    found = read_results(folders)
     if (path := study.output_dir / RESULTS).is_file():
         saved = pd.read_parquet(path)
         if found.empty:
