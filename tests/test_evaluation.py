@@ -255,17 +255,15 @@ def test_another_run_does_not_replace_a_result(tmp_path):
     codec, settings = {"sha256": "c", "sliding_window": True}, {"dtype": "float32", "max_audio_seconds": 20.0}
     header = {"format": FORMAT, "model": "m", "model_sha256": "a" * 64, "data": "one"}
     header |= {"codec": codec, "settings": settings}
-    assert check_earlier(path, header) == []
+    check_earlier(path, header)
     path.write_text(json.dumps(header))
-    assert check_earlier(path, header) == []
+    check_earlier(path, header | {"model_sha256": "b" * 64})  # new weights
     for change, message in (
         ({"data": "two"}, "was made with data = 'one', but the current value is 'two'; choose another --output_dir"),
         ({"codec": codec | {"sliding_window": False}}, "codec.sliding_window = True"),
     ):
         with pytest.raises(UserError, match=message):
             check_earlier(path, header | change)
-    (sentence,) = check_earlier(path, header | {"model_sha256": "b" * 64})  # new weights
-    assert sentence.startswith("replaced ")
 
 
 def test_result_files_explain_themselves(model_folder, some_pairs, tmp_path):

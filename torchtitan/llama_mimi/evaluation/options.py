@@ -28,7 +28,8 @@ class Scoring:
         as_released: score as in the first release of Llama-Mimi. A sequence begins with BOS only if the tokenizer adds
             BOS. A sequence ends with ``</audio>`` even if the clip is cut. If ``levels`` is None, all tokens after the
             first are scored, including ``<audio>``. If ``levels`` is ``(0,)``, every Q-th token from position 2 is
-            scored: with BOS, the codes of level 0 and ``</audio>``; without BOS, the codes of level 1.
+            scored: with BOS, the codes of level 0 and ``</audio>``; without BOS, the codes of level 1. A tie counts as
+            an error (else half), and the accuracy is the mean over pairs (else over groups, such as words).
         likelihood: "softmax" normalises over the vocabulary. "grammar" normalises over the codes of a level; at level
             0, ``</audio>`` is included.
     """
@@ -44,21 +45,6 @@ class Scoring:
             return {PRIMARY: self}
         further = {"level_0": replace(self, levels=(0,)), "all_levels": replace(self, levels=None)}
         return {PRIMARY: self} | {name: rule for name, rule in further.items() if rule != self}
-
-    @property
-    def allows_text(self) -> bool:
-        """True if `TEXT_RULES` can be scored, which use the whole vocabulary."""
-        return not self.as_released and self.likelihood == "softmax"
-
-    @property
-    def tie(self) -> float:
-        """Accuracy, from 0 to 1, of a pair whose two clips have equal scores."""
-        return 0.0 if self.as_released else 0.5
-
-    @property
-    def by_group(self) -> bool:
-        """True if the accuracy is first averaged within each group of pairs, such as the voices of a word."""
-        return not self.as_released
 
 
 @dataclass(frozen=True)

@@ -16,17 +16,13 @@ FORMAT = 4  # format number of all results of eval/
 Result = dict[str, Any]
 
 
-def check_earlier(path: Path, header: Mapping[str, Any]) -> list[str]:
-    """Compare with an earlier result. Return a notice if weights differ; raise a `UserError` if data or settings do."""
-    earlier = read_json(str(path.parent), path.name)
-    if earlier is None:
-        return []
+def check_earlier(path: Path, header: Mapping[str, Any]) -> None:
+    """Raise a `UserError` if ``path`` contains a result of other data or settings. Weights may differ."""
     current = {key: header[key] for key in ("format", "model", "data")}
     current["codec"] = {key: header["codec"][key] for key in ("sha256", "sliding_window")}
     current["settings"] = {key: header["settings"][key] for key in ("dtype", "max_audio_seconds")}
+    earlier = read_json(str(path.parent), path.name) or current
     require_same(earlier, current, f"'{path}'", "choose another --output_dir, or move the file to another folder")
-    weights = str(earlier.get("model_sha256"))
-    return [] if weights == header["model_sha256"] else [f"replaced '{path}', made from other weights ({weights[:12]})"]
 
 
 def results(
@@ -43,11 +39,12 @@ def results(
     """
 
     def decision(positive: float, negative: float) -> Result:
-        scored = {"positive_score": positive, "negative_score": negative, "is_tie": positive == negative}
-        return scored | {"correct": scoring.tie if positive == negative else float(positive > negative)}
+        scored, tie = {"positive_score": positive, "negative_score": negative}, 0.0 if scoring.as_released else 0.5
+        correct = tie if positive == negative else float(positive > negative)
+        return scored | {"is_tie": positive == negative, "correct": correct}
 
     def accuracies(pairs: Sequence[Mapping[str, Any]]) -> Result:
-        parts = part_results(pairs, by_group=scoring.by_group)
+        parts = part_results(pairs, by_group=not scoring.as_released)
         return {"parts": parts} | ({"mean_of_parts": mean_of_parts(parts, mean_of)} if mean_of else {})
 
     pairs: list[Result] = []

@@ -26,8 +26,6 @@ BATCH_TOKENS = (4096, 32768)  # on a CPU, on a GPU
 
 @dataclass(frozen=True)
 class BenchmarkScript:
-    """A benchmark script in eval/."""
-
     name: str  # name of the benchmark and of its result folder
     hub_source: str | None  # default of --data_dir; None if the hub does not have the official data
     read: Callable[[str], benchmarks.Benchmark]
@@ -79,13 +77,13 @@ class BenchmarkScript:
             "model_sha256": broadcast_from_rank0(lambda: weights_sha256(options.model_name)),
             "data": source,
             "data_kind": "synthetic" if is_synthetic(source) else "other",
-            "scoring": vars(scoring) | {"tie": scoring.tie, "by_group": scoring.by_group},
+            "scoring": vars(scoring),
             "num_quantizers": codec.num_quantizers,
             "codec": {"name": codec.name, "sha256": codec_hash(codec.name), "sliding_window": codec.sliding_window},
             "settings": {**settings, "max_audio_seconds": max_seconds},
             "versions": versions(),
         }
-        replaced = broadcast_from_rank0(lambda: results.check_earlier(path, header))
+        broadcast_from_rank0(lambda: results.check_earlier(path, header))
 
         clips = benchmark.clips
         codes_dir = options.codes_dir or str(options.output_dir / "codes")
@@ -100,7 +98,9 @@ class BenchmarkScript:
         log = ProgressLog(path.with_suffix(".partial"), log_key)
         names = list(zip(audio_ids, prompts, strict=True))
         scores = score_clips(model, codes, names, scoring, batch_tokens, log, ranks)
-        rules = [rule for rule in self.text_rules if scoring.allows_text and TEXT_RULES[rule] in model.tasks]
+        rules = [rule for rule in self.text_rules if TEXT_RULES[rule] in model.tasks]
+        if scoring.as_released or scoring.likelihood != "softmax":  # text needs the softmax over the whole vocabulary
+            rules = []
         if rules:
             sequences = [text_sequences(model, *both, scoring, rules) for both in zip(clips, coded, strict=True)]
             texts = score_texts(model, sequences, batch_tokens, log, ranks)
@@ -124,7 +124,7 @@ class BenchmarkScript:
         primary = [of_clip[PRIMARY] for of_clip in scores]
         results.write_submissions(path.with_name(f"{name}_submission"), clips, primary)
         log.close()
-        print("\n".join([*results.summary(report), *replaced, f"written to {path}"]))
+        print("\n".join([*results.summary(report), f"written to {path}"]))
         print_next(REPORT, results=options.output_dir, output_file=options.output_dir / "report.md")
 
 

@@ -18,18 +18,14 @@ TIMEOUT_SECONDS = 120.0  # per call
 
 
 def read_reply(text: str, names: Sequence[str]) -> dict[str, int]:
-    """Return measures ``judge/<name>`` from the last JSON object of a reply. A wrong reply raises a `ValueError`."""
-    for found in reversed(re.findall(r"{[^{}]*}", text)):  # text before the scores may contain braces, too
-        try:
-            scores = parse_json(found)
-        except ValueError:
-            continue
-        if scores.keys() != set(names):
-            raise ValueError("scores of other criteria")
-        if any(isinstance(score, bool) or score not in SCALE for score in scores.values()):
-            raise ValueError(f"a score is not a whole number from {SCALE[0]} to {SCALE[-1]}")
-        return {f"judge/{name}": int(scores[name]) for name in names}
-    raise ValueError("no JSON")
+    """Return measures ``judge/<name>`` from the last JSON object of a reply. A wrong object raises a `ValueError`."""
+    found = re.findall(r"{[^{}]*}", text)  # text before the scores may contain braces, too
+    scores = parse_json(found[-1]) if found else {}
+    if scores.keys() != set(names):
+        raise ValueError(f"the reply does not end with a JSON object with the keys {', '.join(names)}")
+    if any(isinstance(score, bool) or score not in SCALE for score in scores.values()):
+        raise ValueError(f"a score is not a whole number from {SCALE[0]} to {SCALE[-1]}")
+    return {f"judge/{name}": int(scores[name]) for name in names}
 
 
 def judge(url: str | None, model_name: str, criteria: Criteria) -> Measure:

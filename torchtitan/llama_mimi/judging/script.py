@@ -220,6 +220,7 @@ def measure_samples(
                 record["missing"][measure.name] = value
             else:
                 record |= value
+                record["missing"] |= {key: "too short" for key in value if value[key] is None}
 
     enter(metrics.pauses(), records, [(sample.clip,) for sample in samples])
     for record in records:
@@ -235,10 +236,6 @@ def measure_samples(
         enter(measure, [record for _, record in prompted], clip_pairs)
         for sample, record in usable:
             record["missing"] |= {} if sample.prompt.seconds else {"similarity": "no voice prompt"}
-        whole, fixed = measure.keys
-        for record in audible:
-            if record[whole] is not None and record[fixed] is None:
-                record["missing"][fixed] = f"shorter than {similarity_seconds:g} s"
     if options.quality == "distillmos":
         enter(metrics.distillmos(device), audible, clips)
     if options.quality == "aesthetics":

@@ -181,8 +181,6 @@ def summary(items: pd.DataFrame, title: str, picture: str | None = None) -> Sect
             values, left_out = same_items(rows)
             found = {system: estimate(values[[system]], measure) for system in values} if len(values) else {}
             notes += [f"{heading}: {left_out:,} samples are excluded (a system has no value)."] if left_out else []
-            empty = [system for system in systems if system not in values]
-            notes += [f"{heading}: no value for {', '.join(empty)}."] if empty else []
         if found:
             counts = sorted({f"{mean.count:,}" for mean in found.values()})
             cells[f"{heading} (n = {' or '.join(counts)})"] = {system: mean.text() for system, mean in found.items()}

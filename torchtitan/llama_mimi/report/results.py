@@ -185,7 +185,7 @@ def _benchmark(report: Mapping[str, Any], system: str) -> pd.DataFrame:
     pairs = pd.DataFrame(report["pairs"])
     parts = pairs.groupby("part")
     # Groups are numbered, because a folder and a table can have different names for the same group.
-    by_group = report["scoring"]["by_group"]
+    by_group = not report["scoring"]["as_released"]
     number = parts["group"].transform(lambda names: pd.factorize(names)[0]) if by_group else parts.cumcount()
     item = number.astype(int).astype(str)
     speaker = pairs.get("speaker", pd.Series("", pairs.index))  # results of earlier commits do not have this column

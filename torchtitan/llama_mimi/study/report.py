@@ -84,13 +84,8 @@ def _saved_results(study: Study) -> pd.DataFrame:
     """Read all values from the result files and save them as `RESULTS`. Without result files, read `RESULTS`."""
     folders = [folder for name in ("results", "generations") if (folder := study.output_dir / name).is_dir()]
     found = read_results(folders)
-    if (path := study.output_dir / RESULTS).is_file():
-        saved = pd.read_parquet(path)
-        if found.empty:
-            return saved
-        if lost := set(saved["system"] + ", " + saved["measure"]) - set(found["system"] + ", " + found["measure"]):
-            problem = f"'{path}' contains '{min(lost)}', but the result file is missing"
-            raise UserError(f"{problem}; restore the result file, or remove '{path}'")
+    if found.empty and (path := study.output_dir / RESULTS).is_file():
+        return pd.read_parquet(path)
     write_atomically(str(study.output_dir), RESULTS, found.to_parquet(None, compression="zstd", index=False))
     return found
 
