@@ -25,7 +25,7 @@ from llama_mimi.evaluation.benchmarks import (
 )
 from llama_mimi.evaluation.options import EvaluationOptions
 from llama_mimi.evaluation.results import part_results, write_submissions
-from llama_mimi.evaluation.script import PROSAUDIT
+from llama_mimi.evaluation.script import BENCHMARK_SCRIPTS
 
 BENCHMARKS = TINY / "benchmarks"
 READERS = {"salmon": read_salmon, "sLM21": read_slm21, "storycloze": read_storycloze, "prosaudit": read_prosaudit}
@@ -245,7 +245,7 @@ def test_prosaudit_pairs_have_the_same_type_id_and_voice(tmp_path):
     with pytest.raises(UserError, match="english/dev' lacks gold.csv"):
         read_prosaudit(str(tmp_path))
     with pytest.raises(UserError, match="--data_dir is missing"):  # the official data are not on the hub
-        PROSAUDIT.run(EvaluationOptions(device="cpu"))
+        BENCHMARK_SCRIPTS["prosaudit"].run(EvaluationOptions(device="cpu"))
 
 
 def test_prosaudit_accuracies_are_those_of_zerospeechs_toolkit(tmp_path):

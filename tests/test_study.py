@@ -322,8 +322,6 @@ def test_the_shipped_studies_can_be_planned(capsys):
     hours = {"paper_1b": "5 runs: 2,806.9 GPU hours", "paper_8b": "1 runs: 3,448.8 GPU hours", "tiny": "21 runs: "}
     hours |= {"isoflop_1e18": "85 runs: 59.7 GPU hours", "isoframe": "60 runs: 18.0 GPU hours"}
     hours["tiny_text_speech"] = "9 runs: "
-    code, stderr = run_here("scripts/study.py", "config/studies/tiny.toml", "--plan", "--tflops", 0)
-    assert code == 1 and "--tflops is 0; set a positive number" in stderr
     for path in sorted((ROOT / "config" / "studies").glob("*.toml")):
         assert run_here("scripts/study.py", path, "--plan")[0] == 0
         assert hours[path.stem] in capsys.readouterr().out

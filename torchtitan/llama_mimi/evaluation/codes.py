@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from llama_mimi.audio.mimi import MimiCodec, codec_hash
 from llama_mimi.audio.reading import AudioError, Waveform, read_audio
-from llama_mimi.common.distributed import DistributedContext, gather
+from llama_mimi.common.distributed import DistributedContext, broadcast_from_rank0, gather
 from llama_mimi.common.files import digest, find_files, write_atomically
 from llama_mimi.common.versions import versions
 from llama_mimi.corpora.code_shards import CodedClip, coded_rows, read_shard, shard_bytes
@@ -68,33 +68,34 @@ def encode_clips(
 
     def read(clip: Clip) -> Waveform:
         name = str(clip.source) if isinstance(clip.source, Path) else clip.name
-        limits = {"max_seconds": max_seconds, "min_samples": deep.frame_size}
-        waveform = read_audio(clip.source.read_bytes(), deep.sample_rate_hz, name=name, **limits)
+        content, rate_hz, frame_size = clip.source.read_bytes(), deep.sample_rate_hz, deep.frame_size
+        waveform = read_audio(content, rate_hz, max_seconds=max_seconds, name=name, min_samples=frame_size)
         if waveform.audio_warnings:  # the score of a damaged clip would be wrong
             raise AudioError("damaged", f"'{name}' is {waveform.audio_warnings[0]}; replace it with an intact file")
         return waveform
 
-    num_ranks = ranks.world_size
+    known, num_ranks = broadcast_from_rank0(load), ranks.world_size
+    made: dict[str, CodedClip] = {}
     with ThreadPoolExecutor(READERS) as pool:
-        known = load()  # before `gather`, so that no rank writes yet
         ids_of_ranks = gather(list(pool.map(audio_id, clips[ranks.rank :: num_ranks])))
         audio_ids = [ids_of_ranks[number % num_ranks][number // num_ranks] for number in range(len(clips))]
         new = {i: clip for i, clip in zip(audio_ids, clips, strict=True) if i not in known}
         mine = list(new.items())[ranks.rank :: num_ranks]
         chunks = [dict(mine[start : start + CLIPS_PER_CHUNK]) for start in range(0, len(mine), CLIPS_PER_CHUNK)]
-        read_chunks = (pool.map(read, chunk.values()) for chunk in chunks)
-        ahead = pairwise(chain(read_chunks, [None]))  # the next chunk is read while a chunk is encoded
+        started = (pool.map(read, chunk.values()) for chunk in chunks)
+        ahead = pairwise(chain(started, [iter(())]))  # the next chunk is read while a chunk is encoded
         progress = tqdm(chunks, desc="codes", unit="chunk", disable=ranks.rank > 0)
-        for chunk, (waveforms, _) in zip(progress, ahead, strict=True):
-            waveforms = list(waveforms)
+        for chunk, (reading, _) in zip(progress, ahead, strict=True):
+            waveforms = list(reading)
             samples = [waveform.samples_S for waveform in waveforms]
             encoded = list(map(deep.encode_as_released, samples)) if as_released else deep.encode_many(samples)
-            stored = []
+            stored = {}
             for i, waveform, codes_TQ in zip(chunk, waveforms, encoded, strict=True):
                 codes, seconds = codes_TQ.numpy().astype(np.uint16), len(codes_TQ) / codec.frame_rate_hz
-                stored.append(CodedClip(i, codes, seconds, waveform.is_cut))
-            content = shard_bytes(stored, deep.num_quantizers, {"columns": [], **settings})
+                stored[i] = CodedClip(i, codes, seconds, waveform.is_cut)
+            made |= stored
+            content = shard_bytes(list(stored.values()), deep.num_quantizers, {"columns": [], **settings})
             write_atomically(folder, f"shard-{uuid4().hex}.parquet", content)
-    ranks.wait()
-    known = load()
+    for part in gather(made):
+        known |= part
     return audio_ids, {i: replace(known[i], codes_TQ=known[i].codes_TQ[:, : codec.num_quantizers]) for i in audio_ids}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from llama_mimi.common.choices import DecoderPrecision
+from llama_mimi.common.command_line import command
 from llama_mimi.common.errors import UserError
 
 Likelihood = Literal["softmax", "grammar"]
@@ -49,8 +50,6 @@ class Scoring:
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """Flags of the benchmark scripts in eval/."""
-
     model_name: str = "llm-jp/Llama-Mimi-1.3B"  # hub id or folder of the model
     # folder (official layout or Parquet files) or hub id of the data; default: hub id of the benchmark
     data_dir: str | None = None
@@ -95,6 +94,14 @@ class EvaluationOptions:
         if self.limit is not None:
             name += f"-limit_{self.limit}"
         return name, Scoring(chosen, self.preset == "original", self.likelihood)
+
+
+def run_benchmark(name: str, doc: str | None) -> None:
+    """Score a benchmark with the flags of the command line."""
+    with command(EvaluationOptions, doc) as options:
+        from llama_mimi.evaluation.script import BENCHMARK_SCRIPTS
+
+        BENCHMARK_SCRIPTS[name].run(options)
 
 
 def model_folder(model_name: str) -> str:

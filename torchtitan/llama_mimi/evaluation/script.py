@@ -128,16 +128,11 @@ class BenchmarkScript:
         print_next(REPORT, results=options.output_dir, output_file=options.output_dir / "report.md")
 
 
-SALMON = BenchmarkScript(
-    "salmon",
-    "slprl/SALMon",
-    benchmarks.read_salmon,
-    levels=None,
-    mean_of=benchmarks.SALMON_PARTS,
-    has_prompts=True,
+_SCRIPTS = (
+    BenchmarkScript("salmon", "slprl/SALMon", benchmarks.read_salmon, None, benchmarks.SALMON_PARTS, has_prompts=True),
+    BenchmarkScript("sLM21", "speed", benchmarks.read_slm21, (0,), text_rules=("text",)),
+    BenchmarkScript("sStoryCloze", "speed", benchmarks.read_storycloze, (0,), text_rules=tuple(TEXT_RULES)),
+    # The benchmark accepts any score. The entries of its leaderboard score semantic tokens only, such as level 0 here.
+    BenchmarkScript("prosaudit", None, benchmarks.read_prosaudit, (0,)),
 )
-SLM21 = BenchmarkScript("sLM21", "speed", benchmarks.read_slm21, levels=(0,), text_rules=("text",))
-STORYCLOZE = BenchmarkScript("sStoryCloze", "speed", benchmarks.read_storycloze, (0,), text_rules=tuple(TEXT_RULES))
-# The benchmark accepts any score. The entries of its leaderboard score semantic tokens only, such as level 0 here.
-PROSAUDIT = BenchmarkScript("prosaudit", None, benchmarks.read_prosaudit, levels=(0,))
-BENCHMARK_SCRIPTS = {script.name: script for script in (SALMON, SLM21, STORYCLOZE, PROSAUDIT)}
+BENCHMARK_SCRIPTS = {script.name: script for script in _SCRIPTS}

@@ -85,8 +85,6 @@ class Launch:
 
 @dataclass(frozen=True)
 class Study:
-    """Content of a study file."""
-
     path: Path
     name: str
     output_dir: Path
