@@ -3,11 +3,7 @@
 uv run python eval/sLM21.py --model_name models/tiny --data_dir assets/tiny/benchmarks/sLM21
 """
 
-from llama_mimi.common.command_line import command
-from llama_mimi.evaluation.options import EvaluationOptions
+from llama_mimi.evaluation.options import run_benchmark
 
 if __name__ == "__main__":
-    with command(EvaluationOptions, __doc__) as options:
-        from llama_mimi.evaluation.script import SLM21
-
-        SLM21.run(options)
+    run_benchmark("sLM21", __doc__)

@@ -111,7 +111,7 @@ def write_card(model: Path, folders: Sequence[Path]) -> Any:
     for section, setting in (key.split(".") for key in SETTINGS):
         if (value := training.get(section, {}).get(setting)) is not None:
             facts[f"`{section}.{setting}`"] = f"`{value}`"
-    items = read_results(folders).items
+    items = read_results(folders)
     sections = [Section("Training", tables=[Table(("", ""), list(facts.items()))])]
     sections += [summary(some, title) for title, some in comparable_sets(items[items["weights"] == sha256])]
     card = ModelCard.load(model / CARD)

@@ -1,4 +1,4 @@
-"""Report results of eval/: means, differences between models, and published numbers.
+"""Report results of eval/: means, and differences between models.
 
     uv run python scripts/report.py --results results --output_file results/report.md
 

@@ -43,15 +43,13 @@ def main(
     from llama_mimi.report.document import import_extra
     from llama_mimi.study.config import read_study
     from llama_mimi.study.report import power_report, write_report
-    from llama_mimi.study.run import check_primaries, check_unchanged, judge, read_record, train_and_score, write_index
+    from llama_mimi.study.run import check_unchanged, judge, read_record, train_and_score, write_index
 
     logging.getLogger().setLevel(logging.ERROR)  # no warnings of TorchTitan about missing base models
     study = read_study(file)
     runs = study.runs
     if part not in (None, *range(len(runs))):
         raise UserError(f"--part is {part}; set it to a number from 0 to {len(runs) - 1}")
-    if not tflops > 0:
-        raise UserError(f"--tflops is {tflops:g}; set a positive number")
     if plan:
         return print_plan(study, flops_per_hour=tflops * 1e12 * 3600)
     if slurm:  # one job per run, then a job that judges and writes the report
@@ -61,7 +59,6 @@ def main(
     if power:
         return print(power_report(study), end="")
     import_extra("matplotlib", "the report")  # before runs that take hours
-    check_primaries(study)
     if not report_only:
         check_unchanged(study)
         train_and_score(study, runs if part is None else [runs[part]])

@@ -255,17 +255,15 @@ def test_another_run_does_not_replace_a_result(tmp_path):
     codec, settings = {"sha256": "c", "sliding_window": True}, {"dtype": "float32", "max_audio_seconds": 20.0}
     header = {"format": FORMAT, "model": "m", "model_sha256": "a" * 64, "data": "one"}
     header |= {"codec": codec, "settings": settings}
-    assert check_earlier(path, header) == []
+    check_earlier(path, header)
     path.write_text(json.dumps(header))
-    assert check_earlier(path, header) == []
+    check_earlier(path, header | {"model_sha256": "b" * 64})  # new weights
     for change, message in (
         ({"data": "two"}, "was made with data = 'one', but the current value is 'two'; choose another --output_dir"),
         ({"codec": codec | {"sliding_window": False}}, "codec.sliding_window = True"),
     ):
         with pytest.raises(UserError, match=message):
             check_earlier(path, header | change)
-    (sentence,) = check_earlier(path, header | {"model_sha256": "b" * 64})  # new weights
-    assert sentence.startswith("replaced ")
 
 
 def test_result_files_explain_themselves(model_folder, some_pairs, tmp_path):
@@ -280,14 +278,14 @@ def test_result_files_explain_themselves(model_folder, some_pairs, tmp_path):
     part = report["parts"]["speaker_consistency"]
     assert part["count"] == 40 == len(report["pairs"]) and part["interval"][0] < part["accuracy"] < part["interval"][1]
     right = sum(pair["positive_score"] > pair["negative_score"] for pair in report["pairs"])
-    assert part["accuracy"] == (right + part["ties"] / 2) / 40 and "no mean over parts" in said
-    assert len(report["missing_parts"]) == 7 and report["mean_of_parts"] is None
+    assert part["accuracy"] == (right + part["ties"] / 2) / 40 and "mean over parts" not in said
+    assert report["mean_of_parts"] is None
     assert list(report["rules"]) == ["level_0", "all_levels", "after_prompt", "normalised"]
     for pair in report["pairs"]:
         files = [some_pairs / "speaker_consistency" / pair[name] for name in ("positive", "negative")]
         shortest = min(math.ceil(soundfile.info(file).frames / 1920) for file in files)  # a frame has 1,920 samples
         assert 10 < pair["prompt_frames"] < shortest
-    table = read_results([tmp_path]).items
+    table = read_results([tmp_path])
     for rule, found in report["rules"].items():
         some = [pair["rules"][rule] for pair in report["pairs"]]
         right = sum(one["positive_score"] > one["negative_score"] for one in some)
@@ -393,7 +391,7 @@ def test_stories_are_also_scored_as_text(model_folder, tmp_path):
     said, notes, correct = evaluate(rows)
     assert list(correct) == ["all_levels", "text", "text_prompt", "text_ending"] and notes == []
     assert "rule text ending: storycloze: " in said
-    table = read_results([tmp_path / "results"]).items
+    table = read_results([tmp_path / "results"])
     assert table["value"][table["measure"] == "sStoryCloze/storycloze:text_ending"].tolist() == correct["text_ending"]
     files, texts = zip(*(row.split(",", 1) for row in rows), strict=True)
     swapped = [f"{file},{texts[number ^ 1]}" for number, file in enumerate(files)]
@@ -404,7 +402,7 @@ def test_stories_are_also_scored_as_text(model_folder, tmp_path):
     assert other["text_prompt"] == [*correct["text_prompt"][:2], None]  # the endings are spoken
     lacking = "1 of 6 clips lack a transcript, or the time of the ending (see eval/README.md)"
     assert notes == [f"rule text prompt: {lacking}", f"rule text ending: {lacking}"]
-    table = read_results([tmp_path / "results"]).items
+    table = read_results([tmp_path / "results"])
     assert table["value"][table["measure"] == "sStoryCloze/storycloze:text_ending"].count() == 2
     (folder / "config.json").write_text(json.dumps(config | {"tasks": ["interleaved"]}))  # does not predict EOS
     assert list(evaluate(rows)[2]) == ["all_levels", "text_prompt", "text_ending"]

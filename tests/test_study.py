@@ -35,7 +35,6 @@ from llama_mimi.study.budget import cost
 from llama_mimi.study.config import Run, label, read_study
 from llama_mimi.study.report import write_report
 from llama_mimi.study.run import (
-    check_primaries,
     check_unchanged,
     judge,
     run_folder,
@@ -160,6 +159,11 @@ PATIENCE = '"validation.patience" = 1\n"checkpoint.keep_latest_k" = 0'
             "primary of 'Quantizers' selects 0 variants besides the baseline",
         ),
         (', architecture = "hierarchical", steps = 40', "", "primary of 'Architectures' selects 3 variants besides"),
+        (
+            '"similarity", num',
+            '"prosaudit/english_dev_lexical", num',
+            "'prosaudit/.*', which the study does not compute; use",
+        ),
         ("num_quantizers = [4, 8]", "num_quantizers = [4]", "primary of 'Quantizers' is .* has one variant; remove"),
         ("[benchmarks.salmon]", "[benchmarks.prosaudit]\n[benchmarks.salmon]", "--data_dir is missing"),
         ('"training.steps" = 40', PATIENCE, "runs of a study must train for their number of steps; set validation.pat"),
@@ -168,98 +172,6 @@ PATIENCE = '"validation.patience" = 1\n"checkpoint.keep_latest_k" = 0'
 def test_mistakes_in_a_study(tmp_path, old, new, message):
     with pytest.raises(UserError, match=message):
         read_study(written(tmp_path, a=(old, new)))
-
-
-EVALUATION = """
-[benchmarks.salmon]
-data_dir = "assets/tiny/benchmarks/salmon"
-[benchmarks.sLM21]
-[benchmarks.sStoryCloze]
-data_dir = "assets/tiny/benchmarks/storycloze"
-preset = "original"
-[generation]
-corpus = "x.parquet"
-prompt_seconds = 2
-"""
-
-
-@pytest.mark.parametrize(
-    ("measure", "flags"),
-    [
-        ("seconds", ""),
-        ("salmon/speaker_consistency", ""),
-        ("salmon/mean:after_prompt", ""),
-        ("sLM21/lexical_dev:all_levels", ""),
-        ("sStoryCloze/storycloze", ""),
-        ("similarity", 'speaker_model = "x"'),
-        ("similarity/2", 'speaker_model = "x"'),
-        ("auto_bleu", 'asr_model = "x"'),
-        ("log_perplexity", 'asr_model = "x"\ntext_model = "x"'),
-        ("judge/content", 'asr_model = "x"\njudge_model = "x"'),
-        ("aesthetics/PQ", 'quality = "aesthetics"'),
-    ],
-)
-def test_a_primary_measure_needs_its_flag(tmp_path, monkeypatch, measure, flags):
-    monkeypatch.setattr("llama_mimi.judging.options.find_spec", lambda package: True)  # extra packages are installed
-    text = STUDY.split("[benchmarks.salmon]")[0].replace("similarity", measure) + EVALUATION
-    assert read_study(written(tmp_path, text + flags)).tables[1].primary[0] == measure
-    if flags:
-        with pytest.raises(UserError, match=f"measure '{measure}', which the study does not compute .* use one of "):
-            read_study(written(tmp_path, text))
-
-
-@pytest.mark.parametrize(
-    "measure",
-    [
-        "bits/4",  # the other variant has Q = 8
-        "salmon/speaker_consistenzy",
-        "salmon/mean:all_levels",  # the benchmark's own rule
-        "sLM21/lexical_dev:after_prompt",  # without prompts
-        "sStoryCloze/storycloze:all_levels",  # only the preset "official" has further rules
-        "prosaudit/english_dev_lexical",
-        "similarity/3",
-        "judge/nonsense",
-        "distillmos",
-    ],
-)
-def test_an_unknown_primary_measure_is_refused(tmp_path, monkeypatch, measure):
-    monkeypatch.setattr("llama_mimi.judging.options.find_spec", lambda package: True)
-    flags = 'speaker_model = "x"\nasr_model = "x"\njudge_model = "x"\nquality = "none"\n'
-    text = STUDY.split("[benchmarks.salmon]")[0].replace("similarity", measure) + EVALUATION + flags
-    with pytest.raises(UserError, match=f"measure '{measure}', which the study does not compute"):
-        read_study(written(tmp_path, text))
-
-
-TEXT_STORIES = '[benchmarks.sStoryCloze]\ndata_dir = "assets/tiny/benchmarks/storycloze"\n'
-
-
-@pytest.mark.parametrize(
-    ("rule", "tasks", "flag", "is_computed"),
-    [
-        ("text", ["audio,text", "asr,text,tts"], "", True),
-        ("text", ["audio,interleaved", "audio,text"], "", False),  # an interleaved-only model does not predict EOS
-        ("text_ending", ["audio,interleaved", "audio,interleaved,text"], "", True),
-        ("text_ending", ["audio,interleaved", "audio,text"], "", False),
-        ("text", ["audio,text", "asr,text,tts"], 'preset = "original"', False),
-        ("text", ["audio,text", "asr,text,tts"], 'likelihood = "grammar"', False),
-    ],
-)
-def test_a_text_rule_as_primary_needs_the_tasks_of_both_variants(tmp_path, rule, tasks, flag, is_computed):
-    first, second = tasks
-    primary = f'measure = "sStoryCloze/storycloze:{rule}", tasks = "{second}"'
-    changes = {
-        "corpus": ("[[override]]", '"data.text_dataset" = "texts"\n[[override]]'),
-        "tasks": ("num_quantizers = [4, 8]", f'tasks = ["{first}", "{second}"]'),
-        "primary": ('measure = "similarity", num_quantizers = 8', primary),
-        "override": ("num_quantizers = [8]", f'tasks = ["{second}"]'),
-        "stories": ("[generation]", f"{TEXT_STORIES}{flag}\n[generation]"),
-    }
-    path = written(tmp_path, **changes)
-    if is_computed:
-        assert read_study(path).tables[1].primary[0] == f"sStoryCloze/storycloze:{rule}"
-    else:
-        with pytest.raises(UserError, match="which the study does not compute for both variants"):
-            read_study(path)
 
 
 def test_results_are_found_under_the_names_that_the_scripts_give(tmp_path):
@@ -414,8 +326,6 @@ def test_the_shipped_studies_can_be_planned(capsys):
     hours = {"paper_1b": "5 runs: 2,806.9 GPU hours", "paper_8b": "1 runs: 3,448.8 GPU hours", "tiny": "21 runs: "}
     hours |= {"isoflop_1e18": "85 runs: 59.7 GPU hours", "isoframe": "60 runs: 18.0 GPU hours"}
     hours["tiny_text_speech"] = "9 runs: "
-    code, stderr = run_here("scripts/study.py", "config/studies/tiny.toml", "--plan", "--tflops", 0)
-    assert code == 1 and "--tflops is 0; set a positive number" in stderr
     for path in sorted((ROOT / "config" / "studies").glob("*.toml")):
         assert run_here("scripts/study.py", path, "--plan")[0] == 0
         assert hours[path.stem] in capsys.readouterr().out
@@ -537,24 +447,6 @@ def test_other_flags_and_an_edited_config_are_refused(tmp_path):
         file.write("# a comment\n")
     with pytest.raises(UserError, match="'train' of flattened-.* was made with SHA-256 of the config = "):
         check_unchanged(study)
-
-
-def test_the_primary_contrasts_are_fixed_at_the_first_start(tmp_path):
-    check_primaries(read_study(written(tmp_path)))
-    saved = json.loads((tmp_path / "out" / "primary.json").read_text())
-    deep, baseline, levels = (
-        f"{name}-uniform-40" for name in ("hierarchical-tiny-q4", "flattened-tiny-q4", "flattened-tiny-q8")
-    )
-    assert saved == {"Architectures": ["bits/4", deep, baseline], "Quantizers": ["similarity", levels, baseline]}
-    check_primaries(read_study(written(tmp_path)))
-    with pytest.raises(UserError, match="two tables have the same title"):
-        read_study(written(tmp_path, a=("Quantizers", "Architectures")))
-    changes = ("bits/4", "salmon/mean"), ("steps = 40 }", "steps = 20 }"), ("steps = [40, 20]", "steps = [20, 40]")
-    for old, new in (*changes, ("Architectures", "Other")):
-        with pytest.raises(UserError, match="primary.json' was made with .*; restore this value, or choose another"):
-            check_primaries(read_study(written(tmp_path, a=(old, new))))
-    code, stderr = run_here("scripts/study.py", tmp_path / "study.toml", "--report_only")
-    assert code == 1 and "primary.json' was made with Architectures = " in stderr
 
 
 def test_a_real_command_has_its_threads_and_its_own_sentence(tmp_path):

@@ -14,7 +14,7 @@ from datasets import Audio, Dataset, get_dataset_config_names, load_dataset
 
 from llama_mimi.audio.reading import AUDIO_ENDINGS
 from llama_mimi.common.errors import UserError, first_line
-from llama_mimi.common.files import find_files, is_hidden, is_synthetic, visible_files
+from llama_mimi.common.files import find_files, is_hidden, visible_files
 
 ENDINGS = (*AUDIO_ENDINGS, ".aac", ".aif", ".aiff", ".m4a", ".mp4", ".opus", ".sph", ".webm", ".wma")
 SALMON_PARTS = (
@@ -24,18 +24,6 @@ SALMON_PARTS = (
 # Data sets on the hub, and names of their parts. sWUGGY and sBLIMP are dev splits: the test answers are secret.
 SLM21_TABLES = {"sWUGGY": "lexical_dev", "sBLIMP": "syntactic_dev"}
 STORYCLOZE_TABLES = ("sStoryCloze", "tStoryCloze")
-# Numbers of pairs in the published data sets.
-OFFICIAL_PAIRS = {
-    **dict.fromkeys(SALMON_PARTS, 200),  # arXiv 2409.07437
-    "lexical_dev": 20_000,  # 5,000 words in 4 voices, arXiv 2011.11588
-    "syntactic_dev": 25_200,  # 6,300 sentences in 4 voices, arXiv 2011.11588 and the hub's table
-    **dict.fromkeys(STORYCLOZE_TABLES, 1_871),  # arXiv 2305.13009
-    # ProsAudit: counts of the official leaderboard, https://github.com/bootphon/leaderboards
-    "english_dev_protosyntax": 262,
-    "english_dev_lexical": 259,
-    "english_test_protosyntax": 2_355,
-    "english_test_lexical": 2_330,
-}
 # (lowest count in LibriSpeech, label) for each band, copied from sLM21's tool. The tool's labels are off by one: the
 # band "6-20" includes words with a count of 5.
 FREQUENCY_BANDS = ((0, "oov"), (1, "1-5"), (5, "6-20"), (20, "21-100"), (100, ">100"))
@@ -107,14 +95,6 @@ def limited(benchmark: Benchmark, limit: int) -> Benchmark:
     return Benchmark(pairs, notes=[*benchmark.notes, note])
 
 
-def data_kind(source: str, pairs: list[Pair]) -> str:
-    """Return "synthetic" for synthesised speech, "official" if all parts have the published sizes, else "other"."""
-    if is_synthetic(source):
-        return "synthetic"
-    counts = Counter(pair.part for pair in pairs)
-    return "official" if counts and counts.items() <= OFFICIAL_PAIRS.items() else "other"
-
-
 def read_salmon(source: str) -> Benchmark:
     """Read SALMon: files ``<part>/sample_<index>_<k>.wav``, or a table for each part.
 
@@ -162,10 +142,6 @@ def read_slm21(source: str) -> Benchmark:
     tools (zerospeech/zerospeech2021 and zerospeech/benchmarks). The tools allow non-words without a spelling.
     """
     benchmark = _read_tables(source, ("positive", "negative"), SLM21_TABLES)
-    names = {folder.name for folder in _folders(Path(source))}
-    if names & {"lexical", "syntactic"} and (odd := names - {"lexical", "syntactic", "phonetic", "semantic"}):
-        remedy = "rename it to lexical, syntactic, phonetic or semantic, or move it out of --data_dir"
-        raise UserError(f"'{Path(source, min(odd))}' is not a folder of sLM21; {remedy}")
     for folder in (folder for task in ("lexical", "syntactic") for folder in _folders(Path(source, task))):
         task = folder.parent.name
         pair_columns = ("id", "voice") if task == "lexical" else ()
@@ -248,12 +224,7 @@ def _csv_rows(path: Path) -> list[dict[str, str]]:
 def _labels(row: Mapping[str, Any]) -> dict[str, str]:
     """Return a pair's labels; ``row`` belongs to the positive clip. Words without a frequency do not get a band."""
     labels = {key: str(row[key]) for key in ("type", "subtype") if row.get(key) not in (None, "")}
-    try:
-        frequency = float(row.get("frequency") or "nan")
-        if frequency < 0:
-            raise ValueError
-    except ValueError as error:
-        raise UserError(f"the frequency '{row['frequency']}' is not a count; download the benchmark again") from error
+    frequency = float(row.get("frequency") or "nan")
     bands = [band for lowest, band in FREQUENCY_BANDS if frequency >= lowest]
     return labels | ({"frequency": bands[-1]} if bands else {})
 

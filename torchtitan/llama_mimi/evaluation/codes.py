@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from llama_mimi.audio.mimi import MimiCodec, codec_hash
 from llama_mimi.audio.reading import AudioError, Waveform, read_audio
-from llama_mimi.common.distributed import DistributedContext, gather
+from llama_mimi.common.distributed import DistributedContext, broadcast_from_rank0, gather
 from llama_mimi.common.files import digest, find_files, write_atomically
 from llama_mimi.common.versions import versions
 from llama_mimi.corpora.code_shards import CodedClip, coded_rows, read_shard, shard_bytes
@@ -57,49 +57,45 @@ def encode_clips(
         "versions": versions() | {"commit": ""},
     }
     folder = f"{codes_dir.rstrip('/')}/{digest(settings)[:16]}"
-    known: dict[str, CodedClip] = {}
-    for path in find_files(folder, (".parquet",)):
-        for row in coded_rows(read_shard(path, ["id", "codes", "is_cut"])):
-            known[row["id"]] = CodedClip(row["id"], row["codes"], 0.0, row["is_cut"])
 
-    def read(clip: Clip) -> tuple[str, Waveform | None]:
-        """Return the SHA-256 of a clip's file, and the waveform if the clip's codes are not in the cache."""
-        content = clip.source.read_bytes()
-        if (audio_id := hashlib.sha256(content).hexdigest()) in known:
-            return audio_id, None
+    def load() -> dict[str, CodedClip]:
+        shards = (read_shard(path, ["id", "codes", "is_cut"]) for path in find_files(folder, (".parquet",)))
+        rows = (row for shard in shards for row in coded_rows(shard))
+        return {row["id"]: CodedClip(row["id"], row["codes"], 0.0, row["is_cut"]) for row in rows}
+
+    def audio_id(clip: Clip) -> str:
+        return hashlib.sha256(clip.source.read_bytes()).hexdigest()
+
+    def read(clip: Clip) -> Waveform:
         name = str(clip.source) if isinstance(clip.source, Path) else clip.name
-        rate_hz, frame_size = deep.sample_rate_hz, deep.frame_size
+        content, rate_hz, frame_size = clip.source.read_bytes(), deep.sample_rate_hz, deep.frame_size
         waveform = read_audio(content, rate_hz, max_seconds=max_seconds, name=name, min_samples=frame_size)
         if waveform.audio_warnings:  # the score of a damaged clip would be wrong
             raise AudioError("damaged", f"'{name}' is {waveform.audio_warnings[0]}; replace it with an intact file")
-        return audio_id, waveform
+        return waveform
 
-    mine = clips[ranks.rank :: ranks.world_size]
-    chunks = [mine[start : start + CLIPS_PER_CHUNK] for start in range(0, len(mine), CLIPS_PER_CHUNK)]
-    audio_ids: list[str] = []
+    known, num_ranks = broadcast_from_rank0(load), ranks.world_size
+    made: dict[str, CodedClip] = {}
     with ThreadPoolExecutor(READERS) as pool:
-        read_chunks = (pool.map(read, chunk) for chunk in chunks)
-        ahead = pairwise(chain(read_chunks, [None]))  # the next chunk is read while a chunk is encoded
-        for chunk, _ in tqdm(ahead, total=len(chunks), desc="codes", unit="chunk", disable=ranks.rank > 0):
-            chunk = list(chunk)
-            audio_ids += [audio_id for audio_id, _ in chunk]
-            # The previous chunk may contain the same clip.
-            new = {audio_id: one for audio_id, one in chunk if one is not None and audio_id not in known}
-            if not new:
-                continue
-            samples = [waveform.samples_S for waveform in new.values()]
+        ids_of_ranks = gather(list(pool.map(audio_id, clips[ranks.rank :: num_ranks])))
+        audio_ids = [ids_of_ranks[number % num_ranks][number // num_ranks] for number in range(len(clips))]
+        new = {i: clip for i, clip in zip(audio_ids, clips, strict=True) if i not in known}
+        mine = list(new.items())[ranks.rank :: num_ranks]
+        chunks = [dict(mine[start : start + CLIPS_PER_CHUNK]) for start in range(0, len(mine), CLIPS_PER_CHUNK)]
+        started = (pool.map(read, chunk.values()) for chunk in chunks)
+        ahead = pairwise(chain(started, [iter(())]))  # the next chunk is read while a chunk is encoded
+        progress = tqdm(chunks, desc="codes", unit="chunk", disable=ranks.rank > 0)
+        for chunk, (reading, _) in zip(progress, ahead, strict=True):
+            waveforms = list(reading)
+            samples = [waveform.samples_S for waveform in waveforms]
             encoded = list(map(deep.encode_as_released, samples)) if as_released else deep.encode_many(samples)
-            stored = []
-            for (audio_id, waveform), codes_TQ in zip(new.items(), encoded, strict=True):
+            stored = {}
+            for i, waveform, codes_TQ in zip(chunk, waveforms, encoded, strict=True):
                 codes, seconds = codes_TQ.numpy().astype(np.uint16), len(codes_TQ) / codec.frame_rate_hz
-                stored.append(CodedClip(audio_id, codes, seconds, waveform.is_cut))
-            content = shard_bytes(stored, deep.num_quantizers, {"columns": [], **settings})
+                stored[i] = CodedClip(i, codes, seconds, waveform.is_cut)
+            made |= stored
+            content = shard_bytes(list(stored.values()), deep.num_quantizers, {"columns": [], **settings})
             write_atomically(folder, f"shard-{uuid4().hex}.parquet", content)
-            known |= {clip.name: clip for clip in stored}
-    mine_by_id = {i: replace(known[i], codes_TQ=known[i].codes_TQ[:, : codec.num_quantizers]) for i in audio_ids}
-    all_ids = [""] * len(clips)
-    all_codes: dict[str, CodedClip] = {}
-    for rank, (ids_of_rank, codes_of_rank) in enumerate(gather((audio_ids, mine_by_id))):
-        all_ids[rank :: ranks.world_size] = ids_of_rank
-        all_codes |= codes_of_rank
-    return all_ids, all_codes
+    for part in gather(made):
+        known |= part
+    return audio_ids, {i: replace(known[i], codes_TQ=known[i].codes_TQ[:, : codec.num_quantizers]) for i in audio_ids}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from llama_mimi.common.choices import DecoderPrecision
+from llama_mimi.common.command_line import command
 from llama_mimi.common.errors import UserError
 
 Likelihood = Literal["softmax", "grammar"]
@@ -28,7 +29,8 @@ class Scoring:
         as_released: score as in the first release of Llama-Mimi. A sequence begins with BOS only if the tokenizer adds
             BOS. A sequence ends with ``</audio>`` even if the clip is cut. If ``levels`` is None, all tokens after the
             first are scored, including ``<audio>``. If ``levels`` is ``(0,)``, every Q-th token from position 2 is
-            scored: with BOS, the codes of level 0 and ``</audio>``; without BOS, the codes of level 1.
+            scored: with BOS, the codes of level 0 and ``</audio>``; without BOS, the codes of level 1. A tie counts as
+            an error (else half), and the accuracy is the mean over pairs (else over groups, such as words).
         likelihood: "softmax" normalises over the vocabulary. "grammar" normalises over the codes of a level; at level
             0, ``</audio>`` is included.
     """
@@ -45,26 +47,9 @@ class Scoring:
         further = {"level_0": replace(self, levels=(0,)), "all_levels": replace(self, levels=None)}
         return {PRIMARY: self} | {name: rule for name, rule in further.items() if rule != self}
 
-    @property
-    def allows_text(self) -> bool:
-        """True if `TEXT_RULES` can be scored, which use the whole vocabulary."""
-        return not self.as_released and self.likelihood == "softmax"
-
-    @property
-    def tie(self) -> float:
-        """Accuracy, from 0 to 1, of a pair whose two clips have equal scores."""
-        return 0.0 if self.as_released else 0.5
-
-    @property
-    def by_group(self) -> bool:
-        """True if the accuracy is first averaged within each group of pairs, such as the voices of a word."""
-        return not self.as_released
-
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """Flags of the benchmark scripts in eval/."""
-
     model_name: str = "llm-jp/Llama-Mimi-1.3B"  # hub id or folder of the model
     # folder (official layout or Parquet files) or hub id of the data; default: hub id of the benchmark
     data_dir: str | None = None
@@ -109,6 +94,14 @@ class EvaluationOptions:
         if self.limit is not None:
             name += f"-limit_{self.limit}"
         return name, Scoring(chosen, self.preset == "original", self.likelihood)
+
+
+def run_benchmark(name: str, doc: str | None) -> None:
+    """Score a benchmark with the flags of the command line."""
+    with command(EvaluationOptions, doc) as options:
+        from llama_mimi.evaluation.script import BENCHMARK_SCRIPTS
+
+        BENCHMARK_SCRIPTS[name].run(options)
 
 
 def model_folder(model_name: str) -> str:

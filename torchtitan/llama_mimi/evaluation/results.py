@@ -1,6 +1,5 @@
 """Compute accuracies from scores; build, check and print result files."""
 
-import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,17 +16,13 @@ FORMAT = 4  # format number of all results of eval/
 Result = dict[str, Any]
 
 
-def check_earlier(path: Path, header: Mapping[str, Any]) -> list[str]:
-    """Compare with an earlier result. Return a notice if weights differ; raise a `UserError` if data or settings do."""
-    earlier = read_json(str(path.parent), path.name)
-    if earlier is None:
-        return []
+def check_earlier(path: Path, header: Mapping[str, Any]) -> None:
+    """Raise a `UserError` if ``path`` contains a result of other data or settings. Weights may differ."""
     current = {key: header[key] for key in ("format", "model", "data")}
     current["codec"] = {key: header["codec"][key] for key in ("sha256", "sliding_window")}
     current["settings"] = {key: header["settings"][key] for key in ("dtype", "max_audio_seconds")}
+    earlier = read_json(str(path.parent), path.name) or current
     require_same(earlier, current, f"'{path}'", "choose another --output_dir, or move the file to another folder")
-    weights = str(earlier.get("model_sha256"))
-    return [] if weights == header["model_sha256"] else [f"replaced '{path}', made from other weights ({weights[:12]})"]
 
 
 def results(
@@ -44,11 +39,12 @@ def results(
     """
 
     def decision(positive: float, negative: float) -> Result:
-        scored = {"positive_score": positive, "negative_score": negative, "is_tie": positive == negative}
-        return scored | {"correct": scoring.tie if positive == negative else float(positive > negative)}
+        scored, tie = {"positive_score": positive, "negative_score": negative}, 0.0 if scoring.as_released else 0.5
+        correct = tie if positive == negative else float(positive > negative)
+        return scored | {"is_tie": positive == negative, "correct": correct}
 
     def accuracies(pairs: Sequence[Mapping[str, Any]]) -> Result:
-        parts = part_results(pairs, by_group=scoring.by_group)
+        parts = part_results(pairs, by_group=not scoring.as_released)
         return {"parts": parts} | ({"mean_of_parts": mean_of_parts(parts, mean_of)} if mean_of else {})
 
     pairs: list[Result] = []
@@ -61,14 +57,11 @@ def results(
         if (prompt := prompts[2 * index]) is not None:
             entry["prompt_frames"] = prompt
         pairs.append(entry)
-    report = accuracies(pairs)
-    if mean_of:
-        report["missing_parts"] = [part for part in mean_of if part not in report["parts"]]
     by_rule: dict[str, list[Result]] = defaultdict(list)
     for entry in pairs:
         for rule, decided in entry["rules"].items():
             by_rule[rule].append(entry | decided)
-    report["rules"] = {rule: accuracies(decided) for rule, decided in by_rule.items()}
+    report = accuracies(pairs) | {"rules": {rule: accuracies(decided) for rule, decided in by_rule.items()}}
     return report | {"unpaired_clips": len(benchmark.unpaired), "notes": benchmark.notes, "pairs": pairs}
 
 
@@ -137,16 +130,11 @@ def summary(report: Result) -> list[str]:
             lines += [f"  {label} {value}: {shown(some)}" for value, some in values.items()]
     if (mean := report.get("mean_of_parts")) is not None:
         lines.append(f"mean over parts: {shown(mean)}")
-    elif "mean_of_parts" in report:
-        lines.append(f"no mean over parts, because these parts are missing: {', '.join(report['missing_parts'])}")
     for rule, found in report["rules"].items():
         mean = found.get("mean_of_parts")
         accuracies = {"mean over parts": mean} if mean else found["parts"]
         shown_parts = "; ".join(f"{part}: {shown(result)}" for part, result in accuracies.items())
         lines.append(f"rule {rule.replace('_', ' ')}: {shown_parts}")
-    if prompts := [pair["prompt_frames"] for pair in report["pairs"] if "prompt_frames" in pair]:
-        length = f"{statistics.median(prompts):g} frames (median)"
-        lines.append(f"prompt of a pair: {length}; {prompts.count(0):,} pairs without a prompt are scored whole")
     return lines
 
 

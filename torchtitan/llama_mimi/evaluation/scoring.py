@@ -1,24 +1,8 @@
 """Scores of clips. A score is the mean log-likelihood of the scored tokens; a likelier clip has a higher score.
 
-With the preset "official", each clip has several scores. The primary rule decides the accuracy of the benchmark. The
-further rules are:
-
-- "level_0", "all_levels": the mean log-likelihood of the tokens of level 0 or of all levels, and of ``</audio>``.
-- "after_prompt": the mean log-likelihood of the tokens after the prompt that the primary rule scores. The prompt is the
-  beginning that both clips of a pair share. Without a shared prompt, the score is the primary score.
-- "normalised": "after_prompt" minus the mean log-likelihood of the same tokens in a sequence without the prompt.
-  Without a shared prompt, nothing is subtracted.
-
-The last two rules follow arXiv 2601.06329, which localises and normalises token perplexity. Summaries of the paper say
-that it scores the first 0.5 s after the common prefix (the paper's text was not available). Here, all later frames and
-``</audio>`` are scored.
-
-For a model that was trained on text, the rules `TEXT_RULES` score transcripts:
-
-- "text": the mean log-likelihood of the transcript and of EOS in the sequence ``BOS text EOS``.
-- "text_prompt", "text_ending": the prompt or the ending of a story is text, and the rest is speech, as in cross-modal
-  StoryCloze of slp-rl/slamkit. The sequence is that of interleaved utterances (see `tokens.tokenizer`). The score is
-  the mean log-likelihood of the ending: the tokens of the primary rule, or the text and the newline after the text.
+With the preset "official", each clip has a score for the primary rule, which decides the accuracy of the benchmark, and
+a score for each further rule. `eval/README.md` defines the rules. "after_prompt" and "normalised" follow arXiv
+2601.06329. "text_prompt" and "text_ending" follow the cross-modal StoryCloze of slp-rl/slamkit.
 """
 
 import hashlib

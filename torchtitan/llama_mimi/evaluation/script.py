@@ -11,7 +11,7 @@ from llama_mimi.common.choices import AUDIO_TARGETS
 from llama_mimi.common.command_line import REPORT, print_next
 from llama_mimi.common.distributed import DistributedContext, broadcast_from_rank0, distributed_context
 from llama_mimi.common.errors import UserError
-from llama_mimi.common.files import write_atomically
+from llama_mimi.common.files import is_synthetic, write_atomically
 from llama_mimi.common.hub import weights_sha256
 from llama_mimi.common.resume import ProgressLog
 from llama_mimi.common.versions import versions
@@ -26,8 +26,6 @@ BATCH_TOKENS = (4096, 32768)  # on a CPU, on a GPU
 
 @dataclass(frozen=True)
 class BenchmarkScript:
-    """A benchmark script in eval/."""
-
     name: str  # name of the benchmark and of its result folder
     hub_source: str | None  # default of --data_dir; None if the hub does not have the official data
     read: Callable[[str], benchmarks.Benchmark]
@@ -78,14 +76,14 @@ class BenchmarkScript:
             "model": options.model_name,
             "model_sha256": broadcast_from_rank0(lambda: weights_sha256(options.model_name)),
             "data": source,
-            "data_kind": benchmarks.data_kind(source, benchmark.pairs if options.limit is None else []),
-            "scoring": vars(scoring) | {"tie": scoring.tie, "by_group": scoring.by_group},
+            "data_kind": "synthetic" if is_synthetic(source) else "other",
+            "scoring": vars(scoring),
             "num_quantizers": codec.num_quantizers,
             "codec": {"name": codec.name, "sha256": codec_hash(codec.name), "sliding_window": codec.sliding_window},
             "settings": {**settings, "max_audio_seconds": max_seconds},
             "versions": versions(),
         }
-        replaced = broadcast_from_rank0(lambda: results.check_earlier(path, header))
+        broadcast_from_rank0(lambda: results.check_earlier(path, header))
 
         clips = benchmark.clips
         codes_dir = options.codes_dir or str(options.output_dir / "codes")
@@ -100,7 +98,9 @@ class BenchmarkScript:
         log = ProgressLog(path.with_suffix(".partial"), log_key)
         names = list(zip(audio_ids, prompts, strict=True))
         scores = score_clips(model, codes, names, scoring, batch_tokens, log, ranks)
-        rules = [rule for rule in self.text_rules if scoring.allows_text and TEXT_RULES[rule] in model.tasks]
+        rules = [rule for rule in self.text_rules if TEXT_RULES[rule] in model.tasks]
+        if scoring.as_released or scoring.likelihood != "softmax":  # text needs the softmax over the whole vocabulary
+            rules = []
         if rules:
             sequences = [text_sequences(model, *both, scoring, rules) for both in zip(clips, coded, strict=True)]
             texts = score_texts(model, sequences, batch_tokens, log, ranks)
@@ -124,20 +124,15 @@ class BenchmarkScript:
         primary = [of_clip[PRIMARY] for of_clip in scores]
         results.write_submissions(path.with_name(f"{name}_submission"), clips, primary)
         log.close()
-        print("\n".join([*results.summary(report), *replaced, f"written to {path}"]))
+        print("\n".join([*results.summary(report), f"written to {path}"]))
         print_next(REPORT, results=options.output_dir, output_file=options.output_dir / "report.md")
 
 
-SALMON = BenchmarkScript(
-    "salmon",
-    "slprl/SALMon",
-    benchmarks.read_salmon,
-    levels=None,
-    mean_of=benchmarks.SALMON_PARTS,
-    has_prompts=True,
+_SCRIPTS = (
+    BenchmarkScript("salmon", "slprl/SALMon", benchmarks.read_salmon, None, benchmarks.SALMON_PARTS, has_prompts=True),
+    BenchmarkScript("sLM21", "speed", benchmarks.read_slm21, (0,), text_rules=("text",)),
+    BenchmarkScript("sStoryCloze", "speed", benchmarks.read_storycloze, (0,), text_rules=tuple(TEXT_RULES)),
+    # The benchmark accepts any score. The entries of its leaderboard score semantic tokens only, such as level 0 here.
+    BenchmarkScript("prosaudit", None, benchmarks.read_prosaudit, (0,)),
 )
-SLM21 = BenchmarkScript("sLM21", "speed", benchmarks.read_slm21, levels=(0,), text_rules=("text",))
-STORYCLOZE = BenchmarkScript("sStoryCloze", "speed", benchmarks.read_storycloze, (0,), text_rules=tuple(TEXT_RULES))
-# The benchmark accepts any score. The entries of its leaderboard score semantic tokens only, such as level 0 here.
-PROSAUDIT = BenchmarkScript("prosaudit", None, benchmarks.read_prosaudit, levels=(0,))
-BENCHMARK_SCRIPTS = {script.name: script for script in (SALMON, SLM21, STORYCLOZE, PROSAUDIT)}
+BENCHMARK_SCRIPTS = {script.name: script for script in _SCRIPTS}

@@ -18,7 +18,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SPEECH_SEQ_2_SEQ_MA
 
 from llama_mimi.audio.silence import silences
 from llama_mimi.common.distributed import DistributedContext, broadcast_from_rank0
-from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import digest
 from llama_mimi.common.hub import load_pretrained, weights_sha256
 from llama_mimi.common.resume import ProgressLog, map_resumable
@@ -173,9 +172,6 @@ def transcripts(model_name: str, language: str | None, device: torch.device, bat
     is_seq2seq = config.model_type in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
     model_class = transformers.AutoModelForSpeechSeq2Seq if is_seq2seq else transformers.AutoModelForCTC
     model = load_evaluator(model_class, model_name, device, what="ASR model")
-    languages = getattr(getattr(model, "generation_config", None), "lang_to_id", None) or {}
-    if is_seq2seq and language is not None and f"<|{language}|>" not in languages:
-        raise UserError(f"'{model_name}' does not support --language '{language}'; choose another, or remove this flag")
     # Without timestamps, Whisper transcribes only the first 30 s.
     options: dict[str, Any] = {"return_timestamps": True} if config.model_type == "whisper" else {}
     if is_seq2seq:
@@ -207,8 +203,6 @@ def perplexity(model_name: str, device: torch.device) -> Measure:
     model = load_evaluator(transformers.AutoModelForCausalLM, model_name, device, what="language model")
     tokenizer = load_pretrained(transformers.AutoTokenizer, model_name, what="language model")
     first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    if first is None:
-        raise UserError(f"'{model_name}' has neither a BOS nor an EOS token; choose a --text_model with one of them")
 
     @torch.inference_mode()
     def value(prompt: str, continuation: str) -> Value:

@@ -96,11 +96,6 @@ class VoiceOptions(TextOptions):
     # the model reads only the text and chooses a voice
     voice_seconds: float = 3.0
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.voice_seconds <= MAX_RECORDING_SECONDS:
-            limits = f"a number from 0 to {MAX_RECORDING_SECONDS:g}"
-            raise UserError(f"--voice_seconds is {self.voice_seconds:g}; set {limits}")
-
 
 @dataclass(frozen=True, kw_only=True)
 class MeasureOptions:
@@ -147,8 +142,6 @@ class SystemOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions(SystemOptions):
-    """Flags of eval/generation.py."""
-
     prompts: PromptOptions
     model_name: str | None = None  # hub id or folder of a model; required without --wavs
     wavs: Path | None = None  # folder with files of another system: <prompt>.wav or <prompt>_<number>.wav
@@ -194,8 +187,6 @@ class GenerationOptions(SystemOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class TtsOptions(GenerationOptions):
-    """Flags of eval/tts.py."""
-
     prompts: VoiceOptions  # type: ignore[assignment]  # `similarity_seconds` is the only reader of prompt lengths
     # Length and randomness of the speech. Recordings longer than --seconds are skipped.
     sampling: SamplingOptions = field(default_factory=lambda: SamplingOptions(seconds=20.0))
@@ -214,8 +205,6 @@ class TtsOptions(GenerationOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class AsrOptions(SystemOptions):
-    """Flags of eval/asr.py."""
-
     prompts: TextOptions
     model_name: str  # hub id or folder of a Llama-Mimi model with the task 'asr', or of an ASR model in transformers
     # language of the speech, such as 'de'; default: Whisper detects the language, and texts are normalised as English

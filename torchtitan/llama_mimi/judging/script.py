@@ -50,7 +50,6 @@ from llama_mimi.report.comparisons import comparable_sets, summary
 from llama_mimi.report.document import to_markdown
 from llama_mimi.report.results import KIND, read_results
 
-OFFICIAL_CORPUS = "librispeech_clean_test"
 # Batch sizes on a CPU and on a GPU. Whisper large needs 0.5 GB per clip in float32.
 BATCH_SIZES, LISTENING_BATCH_SIZES = (8, 64), (8, 16)
 Record = dict[str, Any]
@@ -62,8 +61,6 @@ def judge_generations(options: GenerationOptions) -> None:
     with distributed_context(options.device) as ranks, ExitStack() as locks:
         prompts = _lock_and_make(locks, options, max_seconds)
         own, made_by, codec = _own_samples(options, prompts, ranks)
-        if ranks.rank == 0 and not any(prompt.speaker for prompt in prompts.prompts):
-            print("the corpus does not name speakers, so the two voices of a shuffled pair can be the same", flush=True)
         samples = {options.system: own, **systems.references(prompts, codec, options.sampling.seconds, ranks)}
         everything = [sample for of_system in samples.values() for sample in of_system]
         seconds = options.similarity_seconds
@@ -132,8 +129,7 @@ def _write_results(
     settings: Record,
 ) -> None:
     """Write a result file for each system, and print a table. ``made_by`` describes the origin of the first system."""
-    folder, is_official = prompts.folder, options.corpus == OFFICIAL_CORPUS and options.limit is None
-    own, *_ = samples
+    folder, own = prompts.folder, next(iter(samples))
     if earlier := read_json(str(folder), f"{own}.json"):  # refuse another system with the same name
         origin: Record = {key: made_by[key] for key in ("wavs", "model_sha256", "recogniser") if key in made_by}
         require_same(earlier.get("made_by") or {}, origin, f"'{folder / own}.json'", "choose another --name")
@@ -147,14 +143,14 @@ def _write_results(
             **settings,
             "versions": versions(),
             "audio_sha256": digest([sample.clip.key for sample in some]),
-            "data_kind": "synthetic" if is_synthetic(options.corpus) else "official" if is_official else "other",
+            "data_kind": "synthetic" if is_synthetic(options.corpus) else "other",
             "made_by": made_by if system == own else None,
             "missing": Counter(f"{name}: {why}" for record in own_records for name, why in record["missing"].items()),
             "samples": own_records,
         }
         content = json.dumps(result, indent=1, allow_nan=False) + "\n"
         write_atomically(str(folder), f"{system}.json", content.encode())
-    items = read_results(visible_files(folder, "*.json")).items
+    items = read_results(visible_files(folder, "*.json"))
     print(to_markdown([summary(some, title) for title, some in comparable_sets(items)]))
     print(f"written to {folder / own}.json; the results of other systems and references are in the same folder")
     print_next(REPORT, results=folder, output_file=folder / "report.md")
@@ -222,6 +218,7 @@ def measure_samples(
                 record["missing"][measure.name] = value
             else:
                 record |= value
+                record["missing"] |= {key: "too short" for key in value if value[key] is None}
 
     enter(metrics.pauses(), records, [(sample.clip,) for sample in samples])
     for record in records:
@@ -237,10 +234,6 @@ def measure_samples(
         enter(measure, [record for _, record in prompted], clip_pairs)
         for sample, record in usable:
             record["missing"] |= {} if sample.prompt.seconds else {"similarity": "no voice prompt"}
-        whole, fixed = measure.keys
-        for record in audible:
-            if record[whole] is not None and record[fixed] is None:
-                record["missing"][fixed] = f"shorter than {similarity_seconds:g} s"
     if options.quality == "distillmos":
         enter(metrics.distillmos(device), audible, clips)
     if options.quality == "aesthetics":

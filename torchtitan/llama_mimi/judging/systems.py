@@ -51,8 +51,6 @@ class Clip:
 
 @dataclass(frozen=True)
 class Sample:
-    """One continuation of a prompt."""
-
     prompt: Prompt
     number: int | None  # number of the sample, from 0 for each prompt; None for a reference
     clip: Clip  # the continuation without its prompt

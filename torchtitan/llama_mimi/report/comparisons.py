@@ -2,8 +2,6 @@
 
 import itertools
 import math
-import statistics
-import tomllib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +10,6 @@ import pandas as pd
 from scipy import stats
 
 from llama_mimi.common.errors import UserError
-from llama_mimi.common.versions import ROOT
 from llama_mimi.report.document import Picture, Section, Table, to_markdown, write_markdown
 from llama_mimi.report.estimates import (
     COMPARABLE,
@@ -29,8 +26,6 @@ from llama_mimi.report.results import measure_of, read_results
 
 NOT_COMPARED = ("real_time_factor",)  # depends on the machine
 SIGNIFICANCE = 0.05
-ONE_VARIANT = "one variant"
-PUBLISHED = ROOT / "eval" / "published.toml"
 RULES = "Accuracies with the name of a rule, such as 'level 0', use a further scoring rule (see `eval/README.md`)."
 LEGEND = (
     "Accuracies are in percent. A cell begins with a mean over runs (seeds) and n items (pairs, groups of pairs, or "
@@ -89,7 +84,6 @@ def comparison(
     means: dict[str, dict[str, Estimate]] = {}
     differences: dict[str, dict[str, Estimate]] = {}
     references: dict[str, dict[str, str]] = {}
-    decisions: dict[str, dict[str, str]] = {}
     is_official: dict[str, bool] = {}  # False for further scoring rules, which are not in the plot
     unpooled = set()
     systems = list(itertools.chain(*groups.values()))
@@ -102,8 +96,6 @@ def comparison(
         means[heading], differences[heading], is_unpooled = found
         unpooled |= {heading} if is_unpooled else set()
         is_official[heading] = ":" not in name
-        if measure.is_accuracy and is_official[heading]:
-            decisions[heading] = _different_decisions(own, groups)
         beside = rows[rows["is_reference"] & rows["item"].isin(own["item"])].dropna(subset="value")
         of_references = {str(system): values for system, values in beside.groupby("system")["value"]}
         references[heading] = {name: f"{measure.text(v.mean())} (n = {len(v):,})" for name, v in of_references.items()}
@@ -122,7 +114,7 @@ def comparison(
                 difference = one.text(is_difference=True) + marks + " *" * one.has_star
                 texts[label] = f"{mean.text().split()[0]}{number}, {difference}"
         cells[heading + about + " †" * (heading in unpooled)] = texts
-    baseline, *others = groups
+    baseline = next(iter(groups))
     alt = f"{title}: difference from {baseline}"
     panels = {heading: of for heading, of in differences.items() if of and is_official[heading]}
     pictures = [Picture(f"{picture}.png", forest(panels, alt, is_difference=True), alt)] if picture and panels else []
@@ -132,7 +124,6 @@ def comparison(
     tables += _by_system("measure", cells, list(groups))
     names = sorted({name for of in references.values() for name in of})
     tables += _by_system("reference", references, names)
-    tables += _by_system("pairs decided differently, %", decisions, [ONE_VARIANT, *others])
     return Section(title, [*_findings(differences, baseline, primary), *notes], pictures, tables)
 
 
@@ -172,26 +163,6 @@ def _findings(
     return texts
 
 
-def _different_decisions(rows: pd.DataFrame, groups: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    """Return how often two runs with different seeds decide a pair differently, in percent of the pairs.
-
-    `ONE_VARIANT` is the mean over pairs of runs of one variant and over the variants. Each other label is the mean over
-    pairs of a run of this variant and a run of the first variant.
-    """
-    decisions = rows.pivot_table("value", ["part", "item", "sample"], "system", sort=False).dropna()
-
-    def fraction(first: Sequence[str], second: Sequence[str]) -> float:
-        pairs = [(a, b) for i, a in enumerate(first) for j, b in enumerate(second) if i != j]
-        pairs = [pair for pair in pairs if decisions.columns.isin(pair).sum() == 2]
-        return statistics.fmean((decisions[a] != decisions[b]).mean() for a, b in pairs) if pairs else math.nan
-
-    of_one = [value for systems in groups.values() if math.isfinite(value := fraction(systems, systems))]
-    found = {ONE_VARIANT: statistics.fmean(of_one or [math.nan])}
-    baseline, *others = groups
-    found |= {label: fraction(groups[label], groups[baseline]) for label in others}
-    return {label: f"{100 * value:.1f}" for label, value in found.items() if math.isfinite(value)}
-
-
 def summary(items: pd.DataFrame, title: str, picture: str | None = None) -> Section:
     """Return a table of the means of all systems, notes and, if ``picture`` names a file, a forest plot.
 
@@ -210,8 +181,6 @@ def summary(items: pd.DataFrame, title: str, picture: str | None = None) -> Sect
             values, left_out = same_items(rows)
             found = {system: estimate(values[[system]], measure) for system in values} if len(values) else {}
             notes += [f"{heading}: {left_out:,} samples are excluded (a system has no value)."] if left_out else []
-            empty = [system for system in systems if system not in values]
-            notes += [f"{heading}: no value for {', '.join(empty)}."] if empty else []
         if found:
             counts = sorted({f"{mean.count:,}" for mean in found.values()})
             cells[f"{heading} (n = {' or '.join(counts)})"] = {system: mean.text() for system, mean in found.items()}
@@ -232,37 +201,20 @@ def comparable_sets(items: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
         yield f"{'Transcripts' if 'asr' in tasks else speech}, {conditions}", some
 
 
-def published_numbers(items: pd.DataFrame) -> list[Section]:
-    """Return a table of published numbers for the measures of ``items`` that were computed on official data."""
-    if not (items["data_kind"] == "official").any():
-        return []
-    rows = tomllib.loads(PUBLISHED.read_text())["rows"]
-    scores = {row["model"]: row["scores"] for row in rows}
-    sources = {row["model"]: f"{row['model']}: {row['source']}" for row in rows}
-    cells: dict[str, dict[str, str]] = {}
-    for heading, measure, rows in by_measure(items[items["data_kind"] == "official"], ["measure"]):
-        name = rows["measure"].iloc[0]
-        cells[heading] = {model: f"{of[name]:.{measure.digits}f}" for model, of in scores.items() if name in of}
-    models = [model for model in scores if any(model in of for of in cells.values())]
-    text = "The authors of each source have computed these numbers with their own scoring."
-    found = _by_system("measure", cells, models)
-    return [Section("Published by others", [text], (), found, [sources[model] for model in models])] if found else []
-
-
 def report_results(results: Sequence[Path], output_file: Path | None) -> None:
     """Write the report of scripts/report.py to a file; if ``output_file`` is None, print the report."""
-    found = read_results(results)
-    if found.items.empty:
+    items = read_results(results)
+    if items.empty:
         raise UserError(f"result files are missing in {', '.join(map(str, results))}; run the scripts in eval/ first")
     sections: list[Section] = []
-    for number, (title, items) in enumerate(comparable_sets(found.items), 1):
+    for number, (title, some) in enumerate(comparable_sets(items), 1):
         picture = f"{output_file.stem}-{number}" if output_file else None
-        sections.append(summary(items, title, picture))
-        groups = {system: [system] for system in items["system"][~items["is_reference"]].unique()}
+        sections.append(summary(some, title, picture))
+        groups = {system: [system] for system in some["system"][~some["is_reference"]].unique()}
         if len(groups) > 1:
-            sections.append(comparison(items, f"Differences, {title}", groups, picture and f"{picture}-differences"))
+            sections.append(comparison(some, f"Differences, {title}", groups, picture and f"{picture}-differences"))
     legend = (*LEGEND, ONE_RUN) if any(section.title.startswith("Differences") for section in sections) else ()
-    sections = [Section("Results", legend, items=found.notes), *sections, *published_numbers(found.items)]
+    sections = [Section("Results", legend), *sections]
     if output_file is None:
         return print(to_markdown(sections))
     write_markdown(sections, output_file)

@@ -20,8 +20,6 @@ from llama_mimi.common.files import write_atomically
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture in a section."""
-
     name: str  # file name, in the folder of the Markdown file
     png: bytes
     alt: str  # description for screen readers
@@ -29,8 +27,6 @@ class Picture:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of text."""
-
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
 

@@ -27,7 +27,7 @@ def power_table(items: pd.DataFrame, tables: Sequence[Sequence[Sequence[str]]], 
     The components are means over all pairs of variants that are in the same table of the study.
 
     Args:
-        items: values of the study; see `Results.items`.
+        items: values of the study; see `read_results`.
         tables: the systems of each variant, for each table of the study; one system per seed.
     """
     rows = []

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 
@@ -121,29 +121,21 @@ def system_label(system: str) -> str:
     return re.sub(r"^reconstruction_q(\d+)$", r"codec, Q = \1", system)
 
 
-class Results(NamedTuple):
-    """Table of values from result files (a row for each pair or sample), and notes.
+def read_results(paths: Sequence[Path]) -> pd.DataFrame:
+    """Read result files, and all result files in folders; return a row for each pair or sample.
 
     Columns: system, measure, item (a group of pairs, or a prompt), sample (number within the item), value (NaN if
     missing), conditions (settings that must be equal in a comparison), weights (hash), data (hash of audio or prompts),
-    data_kind ("official", "synthetic" or "other"), is_reference (True for recordings, for example), and cluster
-    (items that are not independent: the speaker of a pair or prompt if known, else the item).
-    """
+    data_kind ("synthetic" or "other"), is_reference (True for recordings, for example), and cluster (items that are not
+    independent: the speaker of a pair or prompt if known, else the item).
 
-    items: pd.DataFrame
-    notes: list[str]  # lines to show in a report
-
-
-def read_results(paths: Sequence[Path]) -> Results:
-    """Read result files, and all result files in folders. Other JSON files and hidden files are ignored.
-
-    A missing path, a damaged file, another format and a repeated result raise a `UserError`.
+    Other JSON files and hidden files are ignored. A missing path, a damaged file, another format and a repeated result
+    raise a `UserError`.
     """
     if missing := [path for path in paths if not path.exists()]:
         raise UserError(f"'{missing[0]}' does not exist; choose folders with result files")
     files = {file for path in paths for file in (visible_files(path, "**/*.json") if path.is_dir() else [path])}
     frames = [pd.DataFrame(columns=COLUMNS)]
-    notes: list[str] = []
     seen: dict[tuple[str, ...], str] = {}
     for file in sorted(files):
         try:
@@ -157,8 +149,10 @@ def read_results(paths: Sequence[Path]) -> Results:
         if (found := report.get("format")) != FORMAT:
             raise UserError(f"'{file}' has format {found!r}, not {FORMAT}; remove the file and re-run the evaluation")
         try:
-            items, of_file = _benchmark(report, file.parent.name) if "benchmark" in report else _generations(report)
-            items = items.assign(data_kind=report["data_kind"])[COLUMNS]
+            items = _benchmark(report, file.parent.name) if "benchmark" in report else _generations(report)
+            # Earlier commits also wrote "official", instead of "other".
+            data_kind = "synthetic" if report["data_kind"] == "synthetic" else "other"
+            items = items.assign(data_kind=data_kind)[COLUMNS]
         except DAMAGE as error:
             what = f"{type(error).__name__}: {first_line(error)}"
             raise UserError(f"'{file}' is a damaged result ({what}); remove it, and re-run the evaluation") from error
@@ -170,7 +164,6 @@ def read_results(paths: Sequence[Path]) -> Results:
         if identity not in seen:
             seen[identity] = audio
             frames.append(items)
-            notes += of_file
         elif "benchmark" in report or seen[identity] != audio:  # the same references may be in several folders
             repeated = f"'{file}' repeats a result of {one['system']} on {about}"
             raise UserError(f"{repeated} ({one['conditions']}); move '{file}' to another folder")
@@ -179,10 +172,10 @@ def read_results(paths: Sequence[Path]) -> Results:
     known = table["weights"].where(table["weights"] != "")
     is_double = known.groupby(table["system"]).transform("nunique") > 1
     table["system"] = table["system"].where(~is_double, table["system"] + " " + table["weights"].str[:8])
-    return Results(table, notes)
+    return table
 
 
-def _benchmark(report: Mapping[str, Any], system: str) -> tuple[pd.DataFrame, list[str]]:
+def _benchmark(report: Mapping[str, Any], system: str) -> pd.DataFrame:
     benchmark, preset, settings = report["benchmark"], report["preset"], report["settings"]
     dtype, seconds, window = settings["dtype"], settings["max_audio_seconds"], report["codec"]["sliding_window"]
     conditions = [preset]
@@ -193,7 +186,7 @@ def _benchmark(report: Mapping[str, Any], system: str) -> tuple[pd.DataFrame, li
     pairs = pd.DataFrame(report["pairs"])
     parts = pairs.groupby("part")
     # Groups are numbered, because a folder and a table can have different names for the same group.
-    by_group = report["scoring"]["by_group"]
+    by_group = not report["scoring"]["as_released"]
     number = parts["group"].transform(lambda names: pd.factorize(names)[0]) if by_group else parts.cumcount()
     item = number.astype(int).astype(str)
     speaker = pairs.get("speaker", pd.Series("", pairs.index))  # results of earlier commits do not have this column
@@ -214,12 +207,10 @@ def _benchmark(report: Mapping[str, Any], system: str) -> tuple[pd.DataFrame, li
         }
     )
     of_rules = [same.assign(measure=same["measure"] + rule, value=some.astype(float)) for rule, some in credits.items()]
-    num_cut = int(sum(pairs["is_cut"]))
-    cut = [f"{num_cut:,} of {len(pairs):,} pairs were cut at {seconds:g} s"] if num_cut else []
-    return pd.concat(of_rules), [f"{system}, {benchmark}: {note}." for note in (*report["notes"], *cut)]
+    return pd.concat(of_rules)
 
 
-def _generations(report: Mapping[str, Any]) -> tuple[pd.DataFrame, list[str]]:
+def _generations(report: Mapping[str, Any]) -> pd.DataFrame:
     samples = pd.DataFrame(report["samples"]).astype({"sample": float})
     numbers = set(samples.select_dtypes("number")) - {"sample"}  # includes new measures
     names = [name for name in samples if name in MEASURES or "/" in name or name in numbers]
@@ -235,4 +226,4 @@ def _generations(report: Mapping[str, Any]) -> tuple[pd.DataFrame, list[str]]:
         weights=(report.get("made_by") or {}).get("model_sha256", ""),
         data=report["prompts_sha256"],
         is_reference=samples["sample"].isna().all(),
-    ), []
+    )

@@ -12,10 +12,10 @@ from typing import Any, Literal, NamedTuple, get_type_hints
 from llama_mimi.common.choices import Architecture
 from llama_mimi.common.command_line import parse_options, to_cli_args
 from llama_mimi.common.errors import UserError
-from llama_mimi.evaluation.options import PRIMARY, PROMPT_RULES, TEXT_RULES, EvaluationOptions
+from llama_mimi.evaluation.options import EvaluationOptions
 from llama_mimi.evaluation.script import BENCHMARK_SCRIPTS
-from llama_mimi.judging.options import GenerationOptions, read_criteria
-from llama_mimi.report.results import BITS, FIXED_LENGTH, MEASURES
+from llama_mimi.judging.options import GenerationOptions
+from llama_mimi.report.results import MEASURES
 from llama_mimi.study.budget import cost, resolved
 from llama_mimi.training.config_file import fits
 
@@ -87,8 +87,6 @@ class Launch:
 
 @dataclass(frozen=True)
 class Study:
-    """Content of a study file."""
-
     path: Path
     name: str
     output_dir: Path
@@ -151,8 +149,7 @@ def read_study(path: Path) -> Study:
         grids = [_checked(some, types, "[[tables]]", "title") for some in values.pop("tables", [])]
         _checked(values, get_type_hints(Study), "the file", "name", "output_dir", "config")
         study = Study(path, **values | {"output_dir": Path(values["output_dir"])})
-        computed = _scored(study) | (_judged(study.generation) if study.generation else set())
-        _check(study := replace(study, tables=tuple(_table(study, grid, computed) for grid in grids)))
+        _check(study := replace(study, tables=tuple(_table(study, grid) for grid in grids)))
     except (OSError, TypeError, ValueError, UserError) as error:
         raise UserError(f"the study '{path}' cannot be used: {error}") from error
     return study
@@ -172,46 +169,8 @@ def _checked(values: Any, types: Mapping[str, Any], name: str, *required: str) -
     return values
 
 
-def _scored(study: Study) -> set[str]:
-    """Return the names of the accuracies that the study's benchmarks compute; check the flags of the benchmarks."""
-    found: set[str] = set()
-    for name, options in study.evaluations.items():
-        script = BENCHMARK_SCRIPTS[name]
-        script.result_path(options)  # raises a `UserError` for invalid flags
-        _, scoring = options.scoring(script.levels)
-        rules = {*scoring.by_levels} - {PRIMARY}
-        rules |= {*PROMPT_RULES} if script.has_prompts and not scoring.as_released else set()
-        rules |= {*script.text_rules} if scoring.allows_text else set()
-        parts = {measure for measure in MEASURES if measure.startswith(f"{name}/")}
-        root = Path(options.data_dir or "")
-        if name in ("salmon", "sStoryCloze") and options.data_dir and root.is_dir():  # a part may be any folder
-            parts |= {f"{name}/{folder.resolve().name}" for folder in (root, *root.iterdir()) if folder.is_dir()}
-        found |= parts | {f"{part}:{rule}" for part in parts for rule in rules}
-    return found
-
-
-def _judged(flags: Flags) -> set[str]:
-    """Return the names of the measures that eval/generation.py computes with these flags; check the flags."""
-    options = parse_options(GenerationOptions, to_cli_args(flags | {"model_name": "model"}))
-    measures = options.measures
-    found = {"seconds", "silent", "ended", "distinct_frames"}
-    found |= {name for name in MEASURES if name.split("/")[0] == measures.quality}
-    if measures.speaker_model is not None:
-        found |= {"similarity", f"{FIXED_LENGTH}{options.similarity_seconds:g}"}
-    if measures.asr_model is not None:
-        found |= {"words_per_minute", "auto_bleu"}
-    if measures.text_model is not None:
-        found |= {"log_perplexity", "log_generative_perplexity"}
-    if measures.judge_model is not None:
-        found |= {f"judge/{name}" for name in read_criteria(measures.judge_criteria).names}
-    return found
-
-
-def _table(study: Study, grid: Flags, computed: set[str]) -> Table:
-    """Return a table; raise a `UserError` if its primary contrast is missing, or is not one contrast of the study.
-
-    ``computed`` are the names of the measures that the study computes, without bits/s.
-    """
+def _table(study: Study, grid: Flags) -> Table:
+    """Return a table; raise a `UserError` if its primary contrast is missing, or is not one contrast of the study."""
     title, variants = grid["title"], _variants(study, grid)
     name, types = f"primary of '{title}'", {"measure": str} | get_type_hints(Variant)
     if len(variants) == 1:
@@ -224,17 +183,12 @@ def _table(study: Study, grid: Flags, computed: set[str]) -> Table:
     if len(others) != 1:
         problem = f"{name} selects {len(others)} variants besides the baseline"
         raise UserError(f"{problem}; set values of axes that select exactly one")
-    both = variants[0], others[0]
-    task = TEXT_RULES.get(measure.partition(":")[2])  # of both models, if the measure is a text rule
-    if task and not all(task in variant.tasks.split(",") for variant in both):
-        computed = computed - {measure}
-    levels = {variant.num_quantizers for variant in both}
-    bits = {f"{BITS}{number}" for number in levels if len(levels) == 1}  # bits of other numbers are not comparable
-    if measure not in computed | bits:
-        problem = f"{name} names the measure '{measure}', which the study does not compute for both variants"
-        rules = "" if not study.benchmarks else " (benchmarks: also with a further scoring rule, '<name>:<rule>')"
-        choices = ", ".join(sorted(one for one in computed | bits if ":" not in one))
-        raise UserError(f"{problem}; use one of {choices}{rules}")
+    kinds = {"bits", *study.benchmarks}
+    if study.generation:
+        kinds |= {"judge", *(key.split("/")[0] for key in MEASURES)} - BENCHMARK_SCRIPTS.keys()
+    if measure.split("/")[0] not in kinds:
+        problem = f"{name} names the measure '{measure}', which the study does not compute"
+        raise UserError(f"{problem}; use a measure of {', '.join(sorted(kinds))}")
     return Table(title, variants, (measure, others[0]))
 
 
@@ -261,7 +215,11 @@ def _variants(study: Study, grid: Flags) -> tuple[Variant, ...]:
 
 
 def _check(study: Study) -> None:
-    """Raise a `UserError` for values that have the right type but are invalid."""
+    """Raise a `UserError` for values that have the right type but are invalid, such as wrong flags of eval/."""
+    for name, options in study.evaluations.items():
+        BENCHMARK_SCRIPTS[name].result_path(options)
+    if study.generation:
+        parse_options(GenerationOptions, to_cli_args(study.generation | {"model_name": "model"}))
     launch, sections = study.launch, [study.settings, study.generation, *study.benchmarks.values()]
     own = OWN & set().union(*sections, *(some["settings"] for some in study.override))
     values = [{**some, axis: [value]} for some in study.override for axis in some.keys() & AXES for value in some[axis]]
@@ -271,10 +229,6 @@ def _check(study: Study) -> None:
     can_stop = any(config.validation.enable and config.validation.patience for config in configs)
     for is_wrong, message in (
         (not study.runs, "the study lacks tables or seeds; add [[tables]], and at least one seed"),
-        (
-            len({table.title for table in study.tables}) < len(study.tables),
-            "two tables have the same title; change one",
-        ),
         (len({*study.seeds}) < len(study.seeds), f"seeds is {study.seeds}; set each seed only once"),
         (own, f"only axes or the study itself may set {', '.join(sorted(own))}; remove these keys"),
         (unused, f"the [[override]] {unused[:1]} does not apply to any variant; use values from [[tables]]"),

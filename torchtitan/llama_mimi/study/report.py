@@ -11,7 +11,7 @@ from tqdm import tqdm
 from llama_mimi.common.choices import Task
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import write_atomically
-from llama_mimi.report.comparisons import LEGEND_OF_STUDIES, ONE_RUN, comparison, published_numbers
+from llama_mimi.report.comparisons import LEGEND_OF_STUDIES, ONE_RUN, comparison
 from llama_mimi.report.document import Section, to_markdown, write_markdown
 from llama_mimi.report.power import power_table
 from llama_mimi.report.results import BITS, read_results
@@ -65,7 +65,7 @@ def sections(study: Study, lines: Lines) -> list[Section]:
         found.append(
             comparison(items, table.title, groups, picture, all_groups=all_groups, primary=primary, costs=costs)
         )
-    return found + published_numbers(items)
+    return found
 
 
 def _collect_results(study: Study, lines: Lines) -> pd.DataFrame:
@@ -87,14 +87,9 @@ def _collect_results(study: Study, lines: Lines) -> pd.DataFrame:
 def _saved_results(study: Study) -> pd.DataFrame:
     """Read all values from the result files and save them as `RESULTS`. Without result files, read `RESULTS`."""
     folders = [folder for name in ("results", "generations") if (folder := study.output_dir / name).is_dir()]
-    found = read_results(folders).items
-    if (path := study.output_dir / RESULTS).is_file():
-        saved = pd.read_parquet(path)
-        if found.empty:
-            return saved
-        if lost := set(saved["system"] + ", " + saved["measure"]) - set(found["system"] + ", " + found["measure"]):
-            problem = f"'{path}' contains '{min(lost)}', but the result file is missing"
-            raise UserError(f"{problem}; restore the result file, or remove '{path}'")
+    found = read_results(folders)
+    if found.empty and (path := study.output_dir / RESULTS).is_file():
+        return pd.read_parquet(path)
     write_atomically(str(study.output_dir), RESULTS, found.to_parquet(None, compression="zstd", index=False))
     return found
 

@@ -25,8 +25,7 @@ from llama_mimi.study.budget import cost, resolved
 from llama_mimi.study.config import Flags, Launch, Run, Study, label
 from llama_mimi.training.metrics import BITS
 
-INDEX, RECORD, PRIMARIES = "index.jsonl", "record.json", "primary.json"
-RESTORE = "restore this value, or choose another output_dir"
+INDEX, RECORD = "index.jsonl", "record.json"
 TRAIN, GENERATION = "train", "generation"
 _stopping = threading.Event()  # set after an interrupt
 
@@ -84,16 +83,6 @@ def _settings(study: Study, run: Run, step: Step) -> Flags:
     return step.flags | {"SHA-256 of the config": sha256(config).hexdigest()}
 
 
-def check_primaries(study: Study) -> None:
-    """Raise a `UserError` if primary contrasts have changed since the first call, which saves these contrasts."""
-    folder = str(study.output_dir)
-    primaries = {t.title: [t.primary[0], t.primary[1].name, t.variants[0].name] for t in study.tables if t.primary}
-    if (fixed := read_json(folder, PRIMARIES)) is None:
-        write_atomically(folder, PRIMARIES, json.dumps(primaries, indent=1).encode())
-    else:
-        require_same(fixed, dict.fromkeys(fixed) | primaries, f"'{study.output_dir / PRIMARIES}'", RESTORE)
-
-
 def check_unchanged(study: Study) -> None:
     """Raise a `UserError` if flags or config files have changed since a run was started."""
     for run in study.runs:
@@ -101,7 +90,8 @@ def check_unchanged(study: Study) -> None:
         for step in steps(study, run):
             if saved := record["settings"].get(step.name):
                 current = dict.fromkeys(saved) | _settings(study, run, step)  # removed flags become None
-                require_same(saved, current, f"the step '{step.name}' of {run.name}", RESTORE)
+                what = f"the step '{step.name}' of {run.name}"
+                require_same(saved, current, what, "restore this value, or choose another output_dir")
 
 
 def train_and_score(study: Study, runs: Sequence[Run]) -> None:
