@@ -17,12 +17,14 @@ Result = dict[str, Any]
 
 
 def check_earlier(path: Path, header: Mapping[str, Any]) -> None:
-    """Raise a `UserError` if ``path`` contains a result of other data or settings. Weights may differ."""
+    """Raise a `UserError` if ``path`` contains a result of other data or settings. If weights differ, print a notice."""
     current = {key: header[key] for key in ("format", "model", "data")}
     current["codec"] = {key: header["codec"][key] for key in ("sha256", "sliding_window")}
     current["settings"] = {key: header["settings"][key] for key in ("dtype", "max_audio_seconds")}
     earlier = read_json(str(path.parent), path.name) or current
     require_same(earlier, current, f"'{path}'", "choose another --output_dir, or move the file to another folder")
+    if earlier.get("model_sha256", header["model_sha256"]) != header["model_sha256"]:
+        print(f"'{path}' is from other model weights, and will be replaced", flush=True)
 
 
 def results(

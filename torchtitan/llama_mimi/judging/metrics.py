@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SPEECH_SEQ_2_SEQ_MA
 
 from llama_mimi.audio.silence import silences
 from llama_mimi.common.distributed import DistributedContext, broadcast_from_rank0
+from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import digest
 from llama_mimi.common.hub import load_pretrained, weights_sha256
 from llama_mimi.common.resume import ProgressLog, map_resumable
@@ -172,6 +173,9 @@ def transcripts(model_name: str, language: str | None, device: torch.device, bat
     is_seq2seq = config.model_type in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
     model_class = transformers.AutoModelForSpeechSeq2Seq if is_seq2seq else transformers.AutoModelForCTC
     model = load_evaluator(model_class, model_name, device, what="ASR model")
+    languages = getattr(getattr(model, "generation_config", None), "lang_to_id", None) or {}
+    if is_seq2seq and language is not None and f"<|{language}|>" not in languages:
+        raise UserError(f"'{model_name}' does not support --language '{language}'; choose another, or remove this flag")
     # Without timestamps, Whisper transcribes only the first 30 s.
     options: dict[str, Any] = {"return_timestamps": True} if config.model_type == "whisper" else {}
     if is_seq2seq:

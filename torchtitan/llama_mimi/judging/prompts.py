@@ -171,6 +171,8 @@ def _write_prompts(folder: Path, options: CorpusOptions, max_seconds: float) -> 
         problem = f"{num_unreadable:,} of {num_read:,} recordings of '{options.corpus}' cannot be read"
         raise UserError(f"{problem}, more than {100 * MAX_UNREADABLE:g} %; replace or remove the unreadable files")
     if not drawn:
+        if skipped["no text"] and not num_read:
+            raise UserError(f"the column '{text_column}' of '{options.corpus}' is empty; set another --text_column")
         problem = f"'{options.corpus}' lacks a readable recording of {min_seconds:g} to {max_seconds:g} s"
         remedy = "reduce --recording_seconds and --prompt_seconds, or " * isinstance(options, PromptOptions)
         raise UserError(f"{problem}; {remedy}add recordings of this length")

@@ -61,6 +61,8 @@ def judge_generations(options: GenerationOptions) -> None:
     with distributed_context(options.device) as ranks, ExitStack() as locks:
         prompts = _lock_and_make(locks, options, max_seconds)
         own, made_by, codec = _own_samples(options, prompts, ranks)
+        if ranks.rank == 0 and not any(prompt.speaker for prompt in prompts.prompts):
+            print("the corpus does not name speakers, so the two voices of a shuffled pair can be the same", flush=True)
         samples = {options.system: own, **systems.references(prompts, codec, options.sampling.seconds, ranks)}
         everything = [sample for of_system in samples.values() for sample in of_system]
         seconds = options.similarity_seconds
