@@ -17,7 +17,7 @@ Result = dict[str, Any]
 
 
 def check_earlier(path: Path, header: Mapping[str, Any]) -> None:
-    """Raise a `UserError` if ``path`` contains a result of other data or settings. If weights differ, print a notice."""
+    """Raise a `UserError` if a result of other data or settings exists; print a notice if its weights differ."""
     current = {key: header[key] for key in ("format", "model", "data")}
     current["codec"] = {key: header["codec"][key] for key in ("sha256", "sliding_window")}
     current["settings"] = {key: header["settings"][key] for key in ("dtype", "max_audio_seconds")}
