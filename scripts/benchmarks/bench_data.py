@@ -31,7 +31,7 @@ from simulated import STORED_LEVELS, random_clips, speech_lengths, write_codes
 from llama_mimi.audio.mimi import DTYPES, MimiCodec, load_codec_config, whole_frames
 from llama_mimi.common.command_line import run_command
 from llama_mimi.common.errors import UserError
-from llama_mimi.corpora.clips import AudioClip, AudioReader
+from llama_mimi.corpora.clips import AudioReader, CodedClip
 from llama_mimi.corpora.code_shards import CodeCorpus
 from llama_mimi.corpora.formats import open_source
 from llama_mimi.corpora.options import TokenizationOptions
@@ -85,12 +85,12 @@ def audio_reader(corpus: str, codec: MimiCodec) -> AudioReader:
     )
 
 
-def read_clips(reader: AudioReader, limit: int) -> Iterator[AudioClip]:
+def read_clips(reader: AudioReader, limit: int) -> Iterator[CodedClip]:
     """Yield the first ``limit`` clips of a corpus."""
     rows = (row for unit in range(len(reader.source.units)) for row in reader.source.rows(unit))
     for row in itertools.islice(rows, limit):
         (clip,) = reader.clips(row)
-        if not isinstance(clip, AudioClip):
+        if not isinstance(clip, CodedClip):
             raise UserError(f"{clip.message}; set --corpus to a corpus of valid clips")
         yield clip
 
@@ -155,7 +155,7 @@ def print_rates(flags: DataFlags, folder: Path) -> None:
     print(f"{percents[0]} with simulated lengths, {percents[1]} with the lengths of the corpus\n")
 
 
-def encode(codec: MimiCodec, clips: list[AudioClip], batch_size: int) -> float:
+def encode(codec: MimiCodec, clips: list[CodedClip], batch_size: int) -> float:
     samples = sorted((torch.from_numpy(clip.samples_S) for clip in clips), key=len)
     batches = [samples[i : i + batch_size] for i in range(0, len(samples), batch_size)]
     return rate_of(partial(map, codec.encode, batches), sum(map(len, samples)) / codec.sample_rate_hz)

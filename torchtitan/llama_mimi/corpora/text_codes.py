@@ -23,8 +23,7 @@ import numpy as np
 
 from llama_mimi.audio.mimi import load_codec_config
 from llama_mimi.common.errors import UserError
-from llama_mimi.corpora.clips import HASH_BYTES, SkippedClip
-from llama_mimi.corpora.code_shards import CodedClip
+from llama_mimi.corpora.clips import HASH_BYTES, CodedClip, SkippedClip
 from llama_mimi.corpora.formats import open_source
 from llama_mimi.corpora.options import ImportOptions
 from llama_mimi.corpora.source import Row

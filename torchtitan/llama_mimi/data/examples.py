@@ -8,13 +8,12 @@ import numpy as np
 import torch
 
 from llama_mimi.common.choices import Task
-from llama_mimi.corpora.code_shards import CodedClip
-from llama_mimi.corpora.texts import TextClip
+from llama_mimi.corpora.clips import CodedClip
 from llama_mimi.corpora.utterances import Utterances
 from llama_mimi.tokens.tokenizer import IGNORE_INDEX, NO_TOKEN, SpeechTokenizer
 from llama_mimi.tokens.vocabulary import text_ids
 
-Encoded = CodedClip | TextClip | Utterances
+Encoded = CodedClip | Utterances
 
 
 @dataclass(frozen=True)
@@ -51,8 +50,8 @@ class ExampleBuilder:
         if isinstance(clip, Utterances):
             return self._interleave(clip, starts_with_text)
         text_NW = self._rows([]) if task == "audio" else self._text(clip.text or "")
-        if isinstance(clip, TextClip):
-            ids_NW = np.concatenate([text_NW, self._eos()]) if clip.text.strip() else text_NW[:0]
+        if task == "text":
+            ids_NW = np.concatenate([text_NW, self._eos()]) if (clip.text or "").strip() else text_NW[:0]
             return Example(self._bos_1W, ids_NW, _labels(ids_NW), np.arange(1, len(ids_NW) + 1))
         audio_NW, num_frames = self._audio(clip), len(clip.codes_TQ)
         if task == "asr":
