@@ -21,15 +21,8 @@ from llama_mimi.common.files import as_utf8, find_files, read_json, write_atomic
 from llama_mimi.common.hub import weights_sha256
 from llama_mimi.common.resume import ProgressLog, map_resumable, require_same
 from llama_mimi.common.versions import versions
-from llama_mimi.generation.continuation import (
-    encode_prompts,
-    finished,
-    for_model,
-    print_cut_prompts,
-    read_prompt,
-    with_progress,
-)
-from llama_mimi.generation.decoding import FinishReason, Request, decode
+from llama_mimi.generation.continuation import decode_with_progress, encode_prompts, finished, for_model, read_prompt
+from llama_mimi.generation.decoding import FinishReason, Request
 from llama_mimi.generation.options import SamplingOptions
 from llama_mimi.generation.speech_model import SpeechModel
 from llama_mimi.generation.transcription import transcribe
@@ -135,19 +128,10 @@ def draw_samples(
     work = partial(_complete_group, model, output_dir, options, num_rows, transcribes)
     records = list(map_resumable(groups, work, log, ranks, unit="sample", is_done=is_done).values())
     if ranks.rank == 0:
-        if not transcribes:
-            num_frames = {record["prompt"]: record.get("prompt_frames", 0) for record in records}
-            print_cut_prompts(model, options, num_frames.values())
         write_atomically(str(output_dir), RESULTS, "".join(json.dumps(record) + "\n" for record in records).encode())
         log.close()
     ranks.wait()
     return records
-
-
-def without_new_audio(records: Sequence[Mapping[str, Any]]) -> str:
-    """Return a clause with the number of samples without new audio, or "" if every sample has new audio."""
-    number = sum(record.get("frames") == 0 for record in records)
-    return f"; samples without new audio, because the model ended at once: {number:,}" if number else ""
 
 
 def describe_model(model_name: str, model: SpeechModel) -> Record:
@@ -214,9 +198,7 @@ def _complete_group(
             write_atomically(str(path.parent), path.name, f"{transcript.text}\n".encode())
             yield file, record | {"transcript": transcript.text, "end": end.value}
         return
-    sampling = for_model(options, model)
-    drawn = decode(model, requests, sampling, num_rows)
-    drawn = with_progress(drawn, len(requests), sampling.max_frames, codec.frame_rate_hz)
+    drawn = decode_with_progress(model, requests, options, num_rows)
     for number, new_TQ, end, began in finished(drawn, codec.num_quantizers):
         (file, record), codes_TQ = usable[number], torch.cat([requests[number].prompt_TQ, new_TQ])
         samples_S = decode_long(codec, codes_TQ) if len(codes_TQ) else torch.zeros(0)
