@@ -23,8 +23,6 @@ from tqdm import tqdm
 from llama_mimi.audio.mimi import DTYPES, MimiCodec, codec_hash, whole_frames
 from llama_mimi.audio.reading import RESAMPLER
 from llama_mimi.common import files
-from llama_mimi.common.choices import DEFAULT_CODEC
-from llama_mimi.common.command_line import print_next
 from llama_mimi.common.distributed import DistributedContext, broadcast_from_rank0, distributed_context
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.resume import require_same
@@ -121,24 +119,7 @@ def tokenize_corpus(options: Options) -> None:
         ranks.wait()
         if ranks.rank == 0:
             write_manifest(options, plan, source.units, jobs)
-            _print_next(options, ranks.world_size)
-
-
-def _print_next(options: Options, num_ranks: int) -> None:
-    """Print a command that trains on the shards."""
-    is_real = not files.is_synthetic(options.codec)
-    print_next(
-        f"torchrun --standalone --nproc_per_node={num_ranks} -m llama_mimi.train",
-        **{
-            "job.config_file": f"config/{'llama3_2_1b_peoples_speech' if is_real else 'tiny'}.toml",
-            "job.dump_folder": f"outputs/{os.path.basename(options.output_dir.rstrip('/'))}",
-            "training.dataset": options.output_dir,
-            "codec.num_quantizers": options.num_quantizers if options.num_quantizers < 4 else None,
-            "codec.name": options.codec if is_real and options.codec != DEFAULT_CODEC else None,
-            "codec.sliding_window": None if options.codec_sliding_window else False,
-            "validation.enable": False if is_real else None,  # the config names another corpus
-        },
-    )
+            print(f"to train on these codes, set --training.dataset {options.output_dir}", flush=True)
 
 
 def _plan(options: Options, source: Source, codec: Codec) -> dict[str, Any]:

@@ -116,12 +116,12 @@ class SpeechDataLoader(BaseDataLoader):
                 if packer.is_full or unit == begun:
                     yield self._next_batch()
         self._judge(is_end=True)
-        if not packer.is_empty:
+        if packer.num_used:
             yield self._next_batch()
 
     def empty_batch(self) -> Batch:
         """Return a batch of padding, for a rank that has used all its clips while other ranks still have clips."""
-        assert self.packer.is_empty
+        assert not self.packer.num_used
         return self.packer.pop()
 
     def state_dict(self) -> dict[str, Any]:

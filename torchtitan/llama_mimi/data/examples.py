@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -41,10 +40,6 @@ class ExampleBuilder:
         self._bos_1W = self._rows([tokenizer.text_tokenizer.bos_token_id])
         self._start_1W = self._rows([tokenizer.vocabulary.audio_start_id])
 
-    @cached_property
-    def _newline_NW(self) -> np.ndarray:
-        return self._text("\n")
-
     def build(self, task: Task, clip: Encoded, *, starts_with_text: bool = False) -> Example:
         """Build an example. ``starts_with_text``: the first of several utterances is a text (task "interleaved")."""
         if isinstance(clip, Utterances):
@@ -66,6 +61,7 @@ class ExampleBuilder:
         return Example(prefix_NW, audio_NW, _labels(audio_NW), ends_U, is_whole=task == "tts")
 
     def _interleave(self, utterances: Utterances, starts_with_text: bool) -> Example:
+        newline_NW = self._text("\n")
         ids: list[np.ndarray] = []
         ends: list[int] = []
         breaks: list[int] = []
@@ -74,7 +70,7 @@ class ExampleBuilder:
             for number, clip in enumerate(run):
                 is_text = starts_with_text == (number % 2 == 0)
                 ids += [self._text(clip.text or "")] if is_text else [self._start_1W, self._audio(clip)]
-                ids.append(self._newline_NW)
+                ids.append(newline_NW)
                 if number % 2 or number == len(run) - 1:
                     ends.append(sum(map(len, ids)))
         ids_NW = np.concatenate(ids)

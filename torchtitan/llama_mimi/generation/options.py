@@ -73,7 +73,7 @@ class InferenceOptions:
     device: str | None = None  # torch device; default: the GPU if there is one, else the CPU
     # precision of the decoder; 'int8' is for CPUs; default: bfloat16 on a GPU, float32 on a CPU
     dtype: GenerationPrecision | None = None
-    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)  # length and randomness of continuations
 
     def __post_init__(self) -> None:
         file, num_rows, text = self.output_file, self.batch_size, self.text or ""
