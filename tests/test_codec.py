@@ -3,9 +3,8 @@
 import pytest
 import torch
 from conftest import TINY
-from transformers import LlamaConfig
 
-from llama_mimi.audio.mimi import MimiCodec, has_sliding_window
+from llama_mimi.audio.mimi import MimiCodec
 from llama_mimi.audio.reading import read_audio
 from llama_mimi.common.errors import UserError
 
@@ -50,12 +49,6 @@ def test_without_its_window_the_codec_attends_to_all_that_came_before(codec, spe
     ends = [[c.encode([samples_S])[0][reach + 10 :] for samples_S in (long, other)] for c in (codec, whole)]
     assert torch.equal(*ends[0]) and not torch.equal(*ends[1])
     assert (codec.sliding_window, whole.sliding_window) == (True, False)
-
-
-def test_a_checkpoint_says_how_its_codes_were_made():
-    assert not has_sliding_window(LlamaConfig(num_quantizers=4))  # a checkpoint of the first release
-    for window in (True, False):
-        assert has_sliding_window(LlamaConfig(num_quantizers=4, codec_sliding_window=window)) == window
 
 
 def test_fewer_levels_are_a_prefix(speech):

@@ -26,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from measuring import DEVICE, alternate, machine, median_and_range
-from simulated import STORED_LEVELS, random_clips, speech_lengths, write_codes
+from simulated import STORED_LEVELS, random_clips, speech_lengths, text_from_codes, write_codes
 
 from llama_mimi.audio.mimi import DTYPES, MimiCodec, load_codec_config, whole_frames
 from llama_mimi.common.command_line import run_command
@@ -42,7 +42,6 @@ from llama_mimi.data.dataloader import SpeechDataLoader
 from llama_mimi.data.order import ShuffledOrder, Stream
 from llama_mimi.data.packing import BatchPacker
 from llama_mimi.tokens.tokenizer import IGNORE_INDEX, SpeechTokenizer, load_speech_tokenizer
-from llama_mimi.tokens.vocabulary import text_from_codes
 
 GPU_TOKENS_PER_S = 60_000  # useful tokens per second that a 1B training step should reach on one GPU
 WORDS = "the doctor and a farmer of this quiet village walked slowly behind their wonderful horses yesterday"

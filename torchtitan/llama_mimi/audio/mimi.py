@@ -60,11 +60,6 @@ def is_released(config: PreTrainedConfig) -> bool:
     return not hasattr(config, "codec_sliding_window")
 
 
-def has_sliding_window(config: PreTrainedConfig) -> bool:
-    """Return True if a model was trained with a sliding window in the codec; False for Llama-Mimi's first release."""
-    return not is_released(config) and config.codec_sliding_window
-
-
 class MimiCodec:
     """Mimi codec with a fixed number of quantizer levels.
 

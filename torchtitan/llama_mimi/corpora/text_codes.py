@@ -1,6 +1,6 @@
 """Read codes that are stored as text, in one of two layouts.
 
-"tokens": a row is a clip, ``<audio><c_q>...</audio>`` (see `llama_mimi.tokens.vocabulary.text_from_codes`).
+"tokens": a row is a clip, ``<audio><c_q>...</audio>`` (see `llama_mimi.tokens.vocabulary`).
 
 "soda": a row is a recording in SODA's corpora (arXiv 2602.16687), without the spaces and newlines of this example::
 
