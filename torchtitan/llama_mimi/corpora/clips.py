@@ -5,14 +5,14 @@ import hashlib
 import itertools
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from llama_mimi.audio.reading import SHORTER, AudioError, Waveform, read_audio
 from llama_mimi.audio.silence import split_at_pauses
@@ -181,22 +181,26 @@ def read_row(row: Row, sample_rate_hz: int | None, *, max_seconds: float) -> Wav
 class _WithErrors(IterableDataset):
     """Dataset that yields a `UserError` instead of raising it: PyTorch would add a traceback to an exception."""
 
-    def __init__(self, dataset: Iterable[Any]) -> None:
-        self._dataset = dataset
+    def __init__(self, read: Callable[[int, int], Iterable[Any]]) -> None:
+        self._read = read
 
     def __iter__(self) -> Iterator[Any]:
+        info = get_worker_info()
         try:
-            yield from self._dataset
+            yield from self._read(info.id, info.num_workers) if info else self._read(0, 1)
         except UserError as error:
             yield UserError(str(error))
 
 
-def read_in_workers(dataset: Iterable[Any], **workers: Any) -> Iterator[Any]:
-    """Read a dataset in worker processes, and yield its items. ``workers``: arguments of a `DataLoader`."""
+def read_in_workers(read: Callable[[int, int], Iterable[Any]], **workers: Any) -> Iterator[Any]:
+    """Call ``read(worker, num_workers)`` in each worker process, and yield one item of each worker in turn.
+
+    ``workers``: arguments of a `DataLoader`. If ``num_workers`` is 0, ``read(0, 1)`` is called in this process.
+    """
     # PyTorch draws a seed for the workers; this draw must not change the random state of training.
     options: dict[str, Any] = {"batch_size": None, "collate_fn": _unchanged, "generator": torch.Generator(), **workers}
     try:
-        loader = DataLoader(_WithErrors(dataset), worker_init_fn=partial(_end_with, os.getpid()), **options)
+        loader = DataLoader(_WithErrors(read), worker_init_fn=partial(_end_with, os.getpid()), **options)
     except ValueError as error:
         raise UserError(f"the dataloader settings {workers} contradict each other; set num_workers to 1") from error
     for item in loader:

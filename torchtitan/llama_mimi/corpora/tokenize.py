@@ -11,13 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from torch.utils.data import IterableDataset, get_worker_info
 from tqdm import tqdm
 
 from llama_mimi.audio.mimi import DTYPES, MimiCodec, codec_hash, whole_frames
@@ -175,45 +175,40 @@ def unfinished(output_dir: str, plan: dict[str, Any], jobs: Sequence[Job]) -> li
     return [replace(job, first_part=len(found)) for job, found, is_done in existing if not is_done]
 
 
-class Chunks(IterableDataset):
-    """Dataset of chunks in order: (shard, number of rows, bytes, clips). Each of n workers yields every n-th chunk.
+def read_chunks(
+    reader: Reader, jobs: Sequence[Job], rows_per_chunk: int, worker: int, num_workers: int
+) -> Iterator[tuple[str | None, int, int, list[Any]]]:
+    """Yield every n-th chunk for one of n workers: (shard, number of rows, bytes, clips).
 
     In the last chunk of a shard, ``shard`` is the name of the shard; in other chunks it is None. In the last chunk of a
     job, ``clips`` is empty.
     """
-
-    def __init__(self, reader: Reader, jobs: Sequence[Job], rows_per_chunk: int) -> None:
-        self._reader, self._jobs, self._rows_per_chunk = reader, jobs, rows_per_chunk
-
-    def __iter__(self) -> Iterator[tuple[str | None, int, int, list[Any]]]:
-        source, info, size = self._reader.source, get_worker_info(), self._rows_per_chunk
-        worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
-        turns: Iterator[bool] = itertools.cycle(number == worker for number in range(num_workers))
-        for job in self._jobs:
-            rows_per_part, bytes_left = job.rows_per_part or sys.maxsize, job.num_bytes
-            row = job.first_part * (job.rows_per_part or 0)
-            for number in job.units:
-                unit, own = source.units[number], turns
-                if unit.num_rows is not None:
-                    bytes_left -= unit.num_bytes
-                    turns_of_unit = [next(turns) for _ in range(0, unit.num_rows, size)]
-                    if not any(turns_of_unit):
-                        continue  # other workers read the unit
-                    own = iter(turns_of_unit)
-                rows = source.rows(number, row if unit.num_rows is None else 0)
-                num_bytes = unit.num_bytes  # counted with the unit's first chunk; in a tar, each chunk is counted
-                while chunk := list(itertools.islice(rows, min(size, rows_per_part - row % rows_per_part))):
-                    row += len(chunk)
-                    if unit.num_rows is None:
-                        num_bytes = sum(len(one.get("audio") or b"") for one in chunk)
-                        bytes_left -= num_bytes
-                    if next(own, False):
-                        part, rest = divmod(row, rows_per_part)
-                        shard = None if rest else job.shard(part - 1, is_end=False)
-                        yield shard, len(chunk), num_bytes, [clip for one in chunk for clip in self._reader.clips(one)]
-                    num_bytes = 0
-            if next(turns):
-                yield job.shard(row // rows_per_part, is_end=True), 0, bytes_left, []
+    turns: Iterator[bool] = itertools.cycle(number == worker for number in range(num_workers))
+    for job in jobs:
+        rows_per_part, bytes_left = job.rows_per_part or sys.maxsize, job.num_bytes
+        row = job.first_part * (job.rows_per_part or 0)
+        for number in job.units:
+            unit, own = reader.source.units[number], turns
+            if unit.num_rows is not None:
+                bytes_left -= unit.num_bytes
+                turns_of_unit = [next(turns) for _ in range(0, unit.num_rows, rows_per_chunk)]
+                if not any(turns_of_unit):
+                    continue  # other workers read the unit
+                own = iter(turns_of_unit)
+            rows = reader.source.rows(number, row if unit.num_rows is None else 0)
+            num_bytes = unit.num_bytes  # counted with the unit's first chunk; in a tar, each chunk is counted
+            while chunk := list(itertools.islice(rows, min(rows_per_chunk, rows_per_part - row % rows_per_part))):
+                row += len(chunk)
+                if unit.num_rows is None:
+                    num_bytes = sum(len(one.get("audio") or b"") for one in chunk)
+                    bytes_left -= num_bytes
+                if next(own, False):
+                    part, rest = divmod(row, rows_per_part)
+                    shard = None if rest else job.shard(part - 1, is_end=False)
+                    yield shard, len(chunk), num_bytes, [clip for one in chunk for clip in reader.clips(one)]
+                num_bytes = 0
+        if next(turns):
+            yield job.shard(row // rows_per_part, is_end=True), 0, bytes_left, []
 
 
 def write_shards(
@@ -227,7 +222,7 @@ def write_shards(
     """Encode the clips of this rank's jobs and write the shards. Rank 0 prints the progress of all ranks."""
     splits = reader.splits  # a row may be hours of audio
     own = sorted(todo, key=lambda job: -job.num_bytes)[ranks.rank :: ranks.world_size]
-    chunks = Chunks(reader, own, 1 if splits else ROWS_PER_CHUNK)
+    read = partial(read_chunks, reader, own, 1 if splits else ROWS_PER_CHUNK)
     workers = {"num_workers": options.num_workers} | ({"prefetch_factor": 1} if splits and options.num_workers else {})
     total_bytes = sum(job.num_bytes for job in todo)
     start, last_report = time.monotonic(), 0.0
@@ -235,7 +230,7 @@ def write_shards(
     bad: list[SkippedClip] = []
     filtered: Counter[str] = Counter()
     shard_rows = num_read = num_skipped = 0
-    for shard, num_rows, num_bytes, audio in read_in_workers(chunks, **workers):
+    for shard, num_rows, num_bytes, audio in read_in_workers(read, **workers):
         clips = shards.encode_clips(codec, audio) if isinstance(codec, MimiCodec) else audio
         skipped = [clip for clip in clips if isinstance(clip, SkippedClip)]
         stored += (coded := [clip for clip in clips if isinstance(clip, shards.CodedClip)])

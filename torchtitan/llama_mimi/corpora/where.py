@@ -9,8 +9,10 @@ from llama_mimi.common.errors import UserError
 
 ROLE = "filter/"  # prefix of the role of a column that an expression names
 # Parts of Python that an expression can have: comparisons of names and constants. Function calls are not among them.
-ALLOWED = (ast.BoolOp, ast.boolop, ast.UnaryOp, ast.Not, ast.USub, ast.Compare, ast.Name, ast.Load, ast.Constant)
-ALLOWED += (ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.In, ast.NotIn, ast.Tuple, ast.List)
+ALLOWED: tuple[type[ast.AST], ...] = (
+    *(ast.BoolOp, ast.boolop, ast.UnaryOp, ast.Not, ast.USub, ast.Compare, ast.Name, ast.Load, ast.Constant),
+    *(ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.In, ast.NotIn, ast.Tuple, ast.List),
+)
 
 
 class RowFilter:
