@@ -31,11 +31,10 @@ from simulated import STORED_LEVELS, random_clips, speech_lengths, text_from_cod
 from llama_mimi.audio.mimi import DTYPES, MimiCodec, load_codec_config, whole_frames
 from llama_mimi.common.command_line import run_command
 from llama_mimi.common.errors import UserError
-from llama_mimi.corpora.clips import AudioReader, CodedClip
+from llama_mimi.corpora.clips import AudioReader, CodedClip, TextCorpus
 from llama_mimi.corpora.code_shards import CodeCorpus
 from llama_mimi.corpora.formats import open_source
 from llama_mimi.corpora.options import TokenizationOptions
-from llama_mimi.corpora.texts import TextCorpus
 from llama_mimi.corpora.tokenize import tokenize_corpus
 from llama_mimi.corpora.utterances import UtteranceCorpus
 from llama_mimi.data.dataloader import SpeechDataLoader
@@ -180,7 +179,7 @@ def tokenize(flags: DataFlags, corpus: str, folder: Path, numbers: Iterator[int]
     options = TokenizationOptions(corpus=corpus, output_dir=str(folder / f"codes-{next(numbers)}"), codec=flags.codec)
     options.num_workers = num_workers
     options.num_quantizers, options.clips_per_shard = flags.num_quantizers, 10**6
-    with contextlib.redirect_stdout(io.StringIO()) as output:
+    with contextlib.redirect_stderr(io.StringIO()) as output:
         tokenize_corpus(options)
     return float(output.getvalue().split("audio-s/s")[-2].split()[-1].replace(",", ""))
 

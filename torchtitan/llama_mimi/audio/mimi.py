@@ -64,8 +64,6 @@ class MimiCodec:
     """Mimi codec with a fixed number of quantizer levels.
 
     Args:
-        name: hub id or folder.
-        num_quantizers: Q, number of levels to encode and decode.
         dtype: type of weights and activations; bfloat16 changes about 2 % of the codes.
         sliding_window: if True, attend to the last 250 positions (10 s), as in Mimi's training; if False, attend to all
             earlier positions, as the library transformers did before February 2026 (its pull request 43971).

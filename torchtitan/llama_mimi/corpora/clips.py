@@ -19,6 +19,7 @@ from llama_mimi.audio.silence import split_at_pauses
 from llama_mimi.common.distributed import end_with_parent
 from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.files import file_system
+from llama_mimi.corpora.formats import open_source
 from llama_mimi.corpora.source import Row, Source
 from llama_mimi.corpora.where import RowFilter
 
@@ -147,6 +148,21 @@ class AudioReader(SourceReader):
             audio_hash=hashlib.blake2b(memoryview(samples_S), digest_size=HASH_BYTES).digest(),
             samples_S=samples_S,
         )
+
+
+class TextCorpus(SourceReader):
+    """Reader of documents (``column``): the lines of text files, or the rows of a data set in another format."""
+
+    def __init__(self, name: str, column: str) -> None:
+        super().__init__(open_source(name, None, "", column))
+
+    def clips(self, row: Row) -> list[CodedClip | SkippedClip]:
+        """Convert a row to a list of one document."""
+        if (problem := row.get("problem")) is not None:
+            return [SkippedClip("damaged row", f"'{row['name']}' cannot be used: {problem}")]
+        if row["text"] is None:
+            return [SkippedClip("no text", f"'{row['name']}' has no text", is_filtered=True)]
+        return [CodedClip(row["name"], text=row["text"])]
 
 
 def read_row(row: Row, sample_rate_hz: int | None, *, max_seconds: float) -> Waveform:

@@ -35,16 +35,11 @@ Clips = list[tuple[str | None, np.ndarray]]  # transcripts and codes (T, Q)
 
 
 class CodesReader:
-    """Reader that turns rows into clips of codes. It raises a `UserError` if the corpus lacks the column of codes.
-
-    Attributes:
-        splits: True for "soda": a row is a recording with several clips.
-        num_quantizers, codebook_size, sliding_window: properties of the codec that computed the codes.
-    """
+    """Reader that turns rows into clips of codes. It raises a `UserError` if the corpus lacks the column of codes."""
 
     def __init__(self, options: ImportOptions) -> None:
         roles = {"codes": options.codes_column, "text": options.text_column, "speaker": options.speaker_column}
-        self.splits = options.layout == "soda"
+        self.splits = options.layout == "soda"  # a row is a recording with several clips
         if self.splits:  # the id of a recording is stored as the speaker of its utterances
             roles |= {"text": options.codes_column, "speaker": "id"}
         self.source = open_source(options.corpus, None, "", None, roles, options.split)

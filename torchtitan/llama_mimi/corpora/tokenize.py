@@ -10,7 +10,6 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from llama_mimi.common.errors import UserError
 from llama_mimi.common.resume import require_same
 from llama_mimi.common.versions import versions
 from llama_mimi.corpora import code_shards as shards
-from llama_mimi.corpora.clips import MAX_NAMED_CLIPS, AudioReader, SkippedClip, is_too_many, read_in_workers
+from llama_mimi.corpora.clips import MAX_NAMED_CLIPS, AudioReader, CodedClip, SkippedClip, is_too_many, read_in_workers
 from llama_mimi.corpora.formats import CORPORA, open_source
 from llama_mimi.corpora.options import ImportOptions, TokenizationOptions
 from llama_mimi.corpora.source import Source, Unit
@@ -224,35 +223,37 @@ def write_shards(
     own = sorted(todo, key=lambda job: -job.num_bytes)[ranks.rank :: ranks.world_size]
     read = partial(read_chunks, reader, own, 1 if splits else ROWS_PER_CHUNK)
     workers = {"num_workers": options.num_workers} | ({"prefetch_factor": 1} if splits and options.num_workers else {})
-    total_bytes = sum(job.num_bytes for job in todo)
-    start, last_report = time.monotonic(), 0.0
-    stored: list[shards.CodedClip] = []  # clips of the current shard, from ``shard_rows`` rows
-    bad: list[SkippedClip] = []
-    filtered: Counter[str] = Counter()
+    bar = {"unit": "B", "unit_scale": True, "mininterval": SECONDS_PER_REPORT, "disable": ranks.rank > 0}
+    progress = tqdm(total=sum(job.num_bytes for job in todo), **bar)
+    start = time.monotonic()
+    of_shard: list[Any] = []  # clips and skipped clips of the current shard, from ``shard_rows`` rows
     shard_rows = num_read = num_skipped = 0
     for shard, num_rows, num_bytes, audio in read_in_workers(read, **workers):
         clips = shards.encode_clips(codec, audio) if isinstance(codec, MimiCodec) else audio
-        skipped = [clip for clip in clips if isinstance(clip, SkippedClip)]
-        stored += (coded := [clip for clip in clips if isinstance(clip, shards.CodedClip)])
-        filtered.update(clip.reason for clip in skipped if clip.is_filtered)
-        bad += (new := [clip for clip in skipped if not clip.is_filtered])
-        shard_rows, num_read, num_skipped = shard_rows + num_rows, num_read + len(clips), num_skipped + len(new)
-        if new:
-            _judge(num_skipped, num_read, options.max_skip_fraction, new[-1].message, is_end=False)
+        of_shard += clips
+        bad = [clip for clip in clips if isinstance(clip, SkippedClip) and not clip.is_filtered]
+        shard_rows, num_read, num_skipped = shard_rows + num_rows, num_read + len(clips), num_skipped + len(bad)
+        if bad:
+            _judge(num_skipped, num_read, options.max_skip_fraction, bad[-1].message, is_end=False)
         if shard is not None:
-            notes = {"columns": columns, "rows": shard_rows, "filtered": filtered}
-            notes["skipped"] = [(clip.reason, clip.message) for clip in bad]
+            skipped = [clip for clip in of_shard if isinstance(clip, SkippedClip)]
+            notes = {
+                "columns": columns,
+                "rows": shard_rows,
+                "filtered": Counter(clip.reason for clip in skipped if clip.is_filtered),
+                "skipped": [(clip.reason, clip.message) for clip in skipped if not clip.is_filtered],
+            }
+            stored = [clip for clip in of_shard if isinstance(clip, CodedClip)]
             content = shards.shard_bytes(stored, codec.num_quantizers, notes)
             files.write_atomically(options.output_dir, shard, content)
-            stored, bad, filtered, shard_rows = [], [], Counter(), 0
+            of_shard, shard_rows = [], 0
         rows_done, bytes_done = ranks.add("rows", num_rows), ranks.add("bytes", num_bytes)
-        hours = ranks.add("milliseconds", sum(round(1000 * clip.seconds) for clip in coded)) / 3.6e6
-        elapsed, is_done = time.monotonic() - start, num_rows == 0 and bytes_done == total_bytes
-        if ranks.rank == 0 and (is_done or elapsed > last_report + SECONDS_PER_REPORT):
-            last_report = elapsed
-            left = timedelta(seconds=round(elapsed / max(1, bytes_done) * (total_bytes - bytes_done)))
-            size, rate = f"{bytes_done / 1e6:,.1f} of {total_bytes / 1e6:,.1f} MB", 3600 * hours / elapsed
-            print(f"{rows_done:,} rows, {size}, {hours:.2f} h, {rate:,.1f} audio-s/s, time left: {left}", flush=True)
+        seconds = sum(clip.seconds for clip in clips if isinstance(clip, CodedClip))
+        hours = ranks.add("milliseconds", round(1000 * seconds)) / 3.6e6
+        rate = 3600 * hours / (time.monotonic() - start)
+        progress.set_postfix_str(f"{rows_done:,} rows, {hours:.2f} h, {rate:,.1f} audio-s/s", refresh=False)
+        progress.update(bytes_done - progress.n)
+    progress.close()
 
 
 def _judge(num_skipped: int, num_read: int, limit: float, last: str, *, is_end: bool) -> None:

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llama_mimi.common.choices import Task
-from llama_mimi.corpora.clips import AudioReader
+from llama_mimi.corpora.clips import AudioReader, TextCorpus
 from llama_mimi.corpora.code_shards import CodeCorpus
-from llama_mimi.corpora.texts import TextCorpus
 from llama_mimi.corpora.utterances import CLIPS_PER_BLOCK, UtteranceCorpus
 
 

@@ -30,10 +30,7 @@ def product(weight_ND: torch.Tensor, rows_BD: torch.Tensor) -> torch.Tensor:
 
 
 def quantize_layers(backbone: PreTrainedModel) -> None:
-    """Add int8 weights to the linear layers. On a CPU, a step uses the int8 weights; `BatchedKVCache.prefill` does not.
-
-    To get an int8 weight, divide the float weight by the scale of its output, and round the result.
-    """
+    """Add int8 weights to the linear layers, for steps on a CPU. `BatchedKVCache.prefill` uses the float weights."""
     for linear in backbone.layers.modules():
         if isinstance(linear, nn.Linear):
             weight_ND = linear.weight.detach().float()

@@ -174,7 +174,7 @@ def _complete_group(
     group: Mapping[str, Sample],
 ) -> Iterator[tuple[str, Record]]:
     codec = model.codec
-    waveforms: dict[Path, Waveform] = {}
+    waveforms: dict[Path | None, Waveform] = {}
     for path in dict.fromkeys(prompt.path for prompt, _ in group.values() if prompt.path):
         try:
             waveforms[path] = read_prompt(str(path), codec)
@@ -182,13 +182,13 @@ def _complete_group(
             text = as_utf8(str(error))
             yield from ((file, {**record, "error": text}) for file, (p, record) in group.items() if p.path == path)
     codes = dict(zip(waveforms, encode_prompts(model, list(waveforms.values()), options), strict=True))
+    codes[None] = torch.zeros(0, codec.num_quantizers, dtype=torch.long)  # only a text
     usable: list[tuple[str, Record]] = []
     requests: list[Request] = []
     for file, (prompt, record) in group.items():
-        if prompt.path is None or prompt.path in codes:
-            prompt_TQ, warnings = torch.zeros(0, codec.num_quantizers, dtype=torch.long), list[str]()
-            if prompt.path is not None:
-                prompt_TQ, warnings = codes[prompt.path], list(waveforms[prompt.path].audio_warnings)
+        if prompt.path in codes:
+            prompt_TQ, waveform = codes[prompt.path], waveforms.get(prompt.path)
+            warnings = list(waveform.audio_warnings) if waveform else []
             usable.append((file, record | {"prompt_frames": len(prompt_TQ), "audio_warnings": warnings}))
             requests.append(Request(prompt_TQ, record["seed"], prompt.text))
     if transcribes:
