@@ -285,7 +285,7 @@ def test_folders_with_links_and_odd_files(rows, tmp_path, capsys):
     assert not capsys.readouterr().out
     (tmp_path / "metadata.csv").write_text("file_name,text\nempty.wav,a\nother.wav,b\n")
     opened(tmp_path)
-    message = "4 audio files are not in the tables, and 1 rows lack an audio file"
+    message = "4 audio files lack a row, and 1 rows lack an audio file"
     assert message in (line := capsys.readouterr().out) and "gone" not in line and "other.wav" in line
 
 

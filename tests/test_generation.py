@@ -20,7 +20,7 @@ from llama_mimi.checkpoint.csm import csm_config
 from llama_mimi.checkpoint.huggingface import hf_config
 from llama_mimi.common.errors import UserError
 from llama_mimi.generation import kv_cache
-from llama_mimi.generation.continuation import continue_codes, decode_with_progress, finished, for_model
+from llama_mimi.generation.continuation import continue_codes, decode_with_bar, finished, for_model
 from llama_mimi.generation.decoding import FinishReason, Request, Sampling, decode, draw_entries
 from llama_mimi.generation.flattened import FlattenedModel
 from llama_mimi.generation.hierarchical import CsmWithTextHead, HierarchicalModel
@@ -306,7 +306,7 @@ def test_progress_shows_the_seconds_of_new_audio(model, capsys, monkeypatch):
 
     monkeypatch.setattr("llama_mimi.generation.continuation.decode", drawn)
     requests = [Request(PROMPT, seed) for seed in range(2)]
-    assert len(list(decode_with_progress(model, requests, SamplingOptions(seconds=0.8), 2))) == 13
+    assert len(list(decode_with_bar(model, requests, SamplingOptions(seconds=0.8), 2))) == 13
     assert "new audio: 0.9 of 0.9 s [00:01, left: 00:00]" in capsys.readouterr().err
 
 

@@ -94,7 +94,7 @@ def test_killed_and_started_again_is_the_same_bytes(model, prompts, whole, tmp_p
     assert kills == 5 and content(tmp_path) == content(whole[0])
     timeless = [[{**record, "seconds": 0} for record in each] for each in (records, json.loads(json.dumps(whole[1])))]
     assert json.loads(json.dumps(timeless[0])) == timeless[1]
-    monkeypatch.setattr(prompt_folder, "decode_with_progress", None)  # a finished folder needs no decoding
+    monkeypatch.setattr(prompt_folder, "decode_with_bar", None)  # a finished folder needs no decoding
     assert run(model, prompts, tmp_path) == json.loads(json.dumps(records))
     assert "22 of 22 samples were already finished" in capsys.readouterr().out
 

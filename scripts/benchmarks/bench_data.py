@@ -11,6 +11,7 @@ clip, the baseline writes the codes as text, calls the tokenizer, and pads to th
 import contextlib
 import io
 import itertools
+import math
 import statistics
 import tempfile
 import time
@@ -127,7 +128,7 @@ def print_rates(flags: DataFlags, folder: Path) -> None:
     reader = audio_reader(flags.corpus, codec)
     clips = list(read_clips(reader, flags.clips))
     seconds = sum(len(clip.samples_S) for clip in clips) / codec.sample_rate_hz
-    frames = np.array([codec.num_frames(len(clip.samples_S)) for clip in clips])
+    frames = np.array([math.ceil(len(clip.samples_S) / codec.frame_size) for clip in clips])
     methods = {"reading and resampling": partial(rate_of, partial(read_clips, reader, flags.clips), seconds)}
     for dtype in DTYPES:
         model = MimiCodec(flags.codec, flags.num_quantizers, DEVICE, DTYPES[dtype])
@@ -187,7 +188,7 @@ def tokenize(flags: DataFlags, corpus: str, folder: Path, numbers: Iterator[int]
 def print_useful_fractions(flags: DataFlags, folder: Path) -> None:
     codec = MimiCodec(flags.codec, flags.num_quantizers)
     clips = read_clips(audio_reader(flags.corpus, codec), 10**9)
-    lengths = {flags.corpus: np.array([codec.num_frames(len(clip.samples_S)) for clip in clips])}
+    lengths = {flags.corpus: np.array([math.ceil(len(clip.samples_S) / codec.frame_size) for clip in clips])}
     lengths["simulated, like The People's Speech"] = speech_lengths(2000)
     print("| useful fraction of tokens | clips | mean | pad | pack |\n|---|---|---|---|---|")
     for number, (name, frames) in enumerate(lengths.items()):

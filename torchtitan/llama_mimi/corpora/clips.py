@@ -189,9 +189,8 @@ def read_row(row: Row, sample_rate_hz: int | None, *, max_seconds: float) -> Wav
     if seconds > max_seconds:
         return waveform
     is_short = waveform.seconds < seconds - ROUNDED_SECONDS
-    return dataclasses.replace(
-        waveform, is_cut=is_short, audio_warnings=waveform.audio_warnings + (SHORTER,) * is_short
-    )
+    warnings = waveform.audio_warnings + (SHORTER,) * is_short
+    return dataclasses.replace(waveform, is_cut=is_short, audio_warnings=warnings)
 
 
 class _WithErrors(IterableDataset):

@@ -177,9 +177,8 @@ class RowsInOrder:
         for number, stream in enumerate(self.streams):
             units = enumerate(stream.reader.rows_per_unit.tolist())
             rows = (ClipRef(number, unit, unit, row) for unit, size in units for row in range(size))
-            yield from itertools.islice(
-                rows, self.dp_rank, None if self.limit == -1 else self.limit, self.dp_world_size
-            )
+            stop = None if self.limit == -1 else self.limit
+            yield from itertools.islice(rows, self.dp_rank, stop, self.dp_world_size)
 
 
 def reshard(positions: Sequence[Position], dp_world_size: int) -> list[Position]:

@@ -67,14 +67,12 @@ def continue_codes(
 ) -> list[torch.Tensor]:
     """Continue a prompt ``options.num_samples`` times; return the codes_TQ of each sample, including the prompt."""
     requests = [Request(prompt_TQ, options.seed + number, text) for number in range(options.num_samples)]
-    drawn = decode_with_progress(model, requests, options, min(ROWS, options.num_samples))
+    drawn = decode_with_bar(model, requests, options, min(ROWS, options.num_samples))
     new = {number: new_TQ for number, new_TQ, *_ in finished(drawn, model.codec.num_quantizers)}
     return [torch.cat([prompt_TQ, new[number]]) for number in range(options.num_samples)]
 
 
-def decode_with_progress(
-    model: SpeechModel, requests: Sequence[Request], options: SamplingOptions, num_rows: int
-) -> Drawn:
+def decode_with_bar(model: SpeechModel, requests: Sequence[Request], options: SamplingOptions, num_rows: int) -> Drawn:
     """Yield the items of `decode`, and show the seconds of new audio and the time left.
 
     The time left assumes the maximum length for every sample. When a sample ends earlier, the shown total decreases.

@@ -112,11 +112,9 @@ def _decode(model: SpeechModel, requests: Sequence[Request], sampling: Sampling,
                     frames_TQ = torch.stack(row.context) if row.context else prompt_TQ
                     inputs[place] = model.embed(model.tokenizer.encode(frames_TQ, is_cut=True, text=row.request.text))
             contexts.prefill(inputs)
-            uniform_BQ = torch.stack(
-                [torch.rand(Q, generator=row.generator) if row else torch.zeros(Q) for row in rows]
-            )
-            may_end_B = torch.tensor([row is None or row.num_new >= sampling.min_frames for row in rows])
-            uniform_BQ, may_end_B = uniform_BQ.to(model.device), may_end_B.to(model.device)
+            drawn = [torch.rand(Q, generator=row.generator) if row else torch.zeros(Q) for row in rows]
+            may_end = [row is None or row.num_new >= sampling.min_frames for row in rows]
+            uniform_BQ, may_end_B = torch.stack(drawn).to(model.device), torch.tensor(may_end, device=model.device)
             entries_BQ = model.next_frame(caches, draw).cpu()  # the loop waits for the device once per frame
             model.require_finite(is_finite)
             for place, (row, entries_Q) in enumerate(zip(rows, entries_BQ, strict=True)):

@@ -45,9 +45,8 @@ class SamplingOptions:
             if value is not None and not low <= value <= high:
                 raise UserError(f"--{name} is {value}; choose a value from {low:g} to {high:g}")
         if self.min_seconds > self.seconds:
-            raise UserError(
-                f"--min_seconds is {self.min_seconds:g}, but --seconds is {self.seconds:g}; increase --seconds"
-            )
+            problem = f"--min_seconds is {self.min_seconds:g}, but --seconds is {self.seconds:g}"
+            raise UserError(f"{problem}; increase --seconds")
 
 
 @dataclass(frozen=True)

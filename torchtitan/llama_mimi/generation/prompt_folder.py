@@ -21,7 +21,7 @@ from llama_mimi.common.files import as_utf8, find_files, read_json, write_atomic
 from llama_mimi.common.hub import weights_sha256
 from llama_mimi.common.resume import ProgressLog, map_resumable, require_same
 from llama_mimi.common.versions import versions
-from llama_mimi.generation.continuation import decode_with_progress, encode_prompts, finished, for_model, read_prompt
+from llama_mimi.generation.continuation import decode_with_bar, encode_prompts, finished, for_model, read_prompt
 from llama_mimi.generation.decoding import FinishReason, Request
 from llama_mimi.generation.options import SamplingOptions
 from llama_mimi.generation.speech_model import SpeechModel
@@ -198,7 +198,7 @@ def _complete_group(
             write_atomically(str(path.parent), path.name, f"{transcript.text}\n".encode())
             yield file, record | {"transcript": transcript.text, "end": end.value}
         return
-    drawn = decode_with_progress(model, requests, options, num_rows)
+    drawn = decode_with_bar(model, requests, options, num_rows)
     for number, new_TQ, end, began in finished(drawn, codec.num_quantizers):
         (file, record), codes_TQ = usable[number], torch.cat([requests[number].prompt_TQ, new_TQ])
         samples_S = decode_long(codec, codes_TQ) if len(codes_TQ) else torch.zeros(0)

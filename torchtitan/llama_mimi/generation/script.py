@@ -16,7 +16,7 @@ from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import is_synthetic
 from llama_mimi.generation.continuation import (
     continue_codes,
-    decode_with_progress,
+    decode_with_bar,
     encode_prompts,
     read_prompt,
     settings_note,
@@ -77,7 +77,7 @@ def _continue_prompt(model: SpeechModel, options: InferenceOptions, files: list[
     if options.prompt is not None:
         (prompt_TQ,) = encode_prompts(model, [read_prompt(options.prompt, codec)], sampling)
     if options.stream:
-        drawn = decode_with_progress(model, [Request(prompt_TQ, sampling.seed, options.text)], sampling, 1)
+        drawn = decode_with_bar(model, [Request(prompt_TQ, sampling.seed, options.text)], sampling, 1)
         samples = [_stream(codec, prompt_TQ, drawn, files[0])]
     else:
         samples = continue_codes(model, prompt_TQ, sampling, options.text)
