@@ -42,10 +42,8 @@ def load_pretrained(
     except Exception as error:  # the type of the error depends on the parser
         remedy = f"copy the folder again, or choose another {what}"
         if not path.is_dir():
-            remedy = (
-                f"check the name and the network, or run `uv run hf download {name} --local-dir FOLDER` (for a gated"
-            )
-            remedy += " model, first run `uv run hf auth login`) and use the folder instead of the hub id"
+            remedy = "check the name and the network; for a gated model, first run `uv run hf auth login`; or run "
+            remedy += f"`uv run hf download {name} --local-dir FOLDER` and use the folder instead of the hub id"
         problem = f"the {what} in '{name}' could not be loaded ({first_line(error)})"
         raise UserError(f"{problem}; {remedy}") from error
     finally:

@@ -33,11 +33,8 @@ def load_speech_model(
 ) -> SpeechModel:
     """Load a checkpoint; raise a `UserError` if files are missing, or if decoder, tokenizer and codec do not match.
 
-    Args:
-        codec_name: hub id or folder of the codec; default: the codec in the checkpoint's config, else `DEFAULT_CODEC`.
-        sliding_window: True to run the codec with sliding-window attention; default: the setting used in training.
-        dtype: precision of the decoder; default: bfloat16 on a GPU, float32 on a CPU. With "int8", the model reads the
-            prompt in bfloat16, and generates with int8 weights. The codec always runs in float32.
+    The arguments are flags of inference.py. With the ``dtype`` "int8", the model reads prompts in bfloat16,
+    and generates with int8 weights. The codec always runs in float32.
     """
     place = available_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     config = load_pretrained(AutoConfig, model_name, what="model")

@@ -79,17 +79,14 @@ def draw_samples(
 ) -> list[Record]:
     """Continue or speak each prompt ``options.num_samples`` times, or transcribe it. Earlier samples are kept.
 
-    ``num_rows`` is the batch size; ``made_by`` is the result of `describe_model`. The function writes
-    ``<prompt>_<sample>.wav`` or ``<prompt>.txt``, ``settings.json`` and, at the end, ``results.jsonl`` to
-    ``output_dir``.
+    The function writes ``<prompt>_<sample>.wav`` or ``<prompt>.txt``, ``settings.json`` and, at the end,
+    ``results.jsonl`` to ``output_dir``. It returns the records of ``results.jsonl``, on every rank. If a prompt cannot
+    be read, the records of its samples contain an ``error``. A `UserError` is raised if the model was not trained on
+    the task, two prompts have the same name, or ``settings.json`` contains other settings.
 
-    Returns:
-        The records of ``results.jsonl``, on every rank. If a prompt cannot be read, the records of its samples contain
-        an ``error``.
-
-    Raises:
-        UserError: the model was not trained on the task, two prompts have the same name, or ``settings.json`` contains
-            other settings.
+    Args:
+        num_rows: number of samples in a batch.
+        made_by: result of `describe_model`.
     """
     if transcribes:
         model.require_task("transcription", "asr")

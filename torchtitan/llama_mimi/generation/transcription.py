@@ -27,14 +27,12 @@ def transcribe(model: SpeechModel, codes: Sequence[torch.Tensor], num_rows: int)
     """Return a transcript of each clip. Each token is the most likely token after ``BOS <audio> codes </audio>``.
 
     Text tokens and EOS are allowed. A newline cannot be the first token, because after ``</audio>`` a newline means
-    that the next utterance follows (tokens/tokenizer.py).
+    that the next utterance follows (tokens/tokenizer.py). A `UserError` is raised if the model was not trained on the
+    task "asr", or if logits are not finite.
 
     Args:
         codes: codes (T, Q) of each clip.
         num_rows: maximum number of clips in a batch. Clips of similar length share a batch.
-
-    Raises:
-        UserError: the model was not trained on the task "asr", or logits are not finite.
     """
     model.require_task("transcription", "asr")
     if not codes:
