@@ -218,14 +218,14 @@ def write_shards(
     codec: Codec,
     columns: Sequence[str],
 ) -> None:
-    """Encode the clips of this rank's jobs and write the shards. Rank 0 prints the progress of all ranks."""
+    """Encode the clips of this rank's jobs and write the shards. Rank 0 shows the progress of its jobs."""
     splits = reader.splits  # a row may be hours of audio
     own = sorted(todo, key=lambda job: -job.num_bytes)[ranks.rank :: ranks.world_size]
     read = partial(read_chunks, reader, own, 1 if splits else ROWS_PER_CHUNK)
     workers = {"num_workers": options.num_workers} | ({"prefetch_factor": 1} if splits and options.num_workers else {})
-    bar = {"unit": "B", "unit_scale": True, "mininterval": SECONDS_PER_REPORT, "disable": ranks.rank > 0}
-    progress = tqdm(total=sum(job.num_bytes for job in todo), **bar)
-    start = time.monotonic()
+    shown = {"unit": "B", "unit_scale": True, "mininterval": SECONDS_PER_REPORT, "disable": ranks.rank > 0}
+    progress = tqdm(total=sum(job.num_bytes for job in own), desc=f"rank 0 of {ranks.world_size}", **shown)
+    start, seconds = time.monotonic(), 0.0
     of_shard: list[Any] = []  # clips and skipped clips of the current shard, from ``shard_rows`` rows
     shard_rows = num_read = num_skipped = 0
     for shard, num_rows, num_bytes, audio in read_in_workers(read, **workers):
@@ -247,12 +247,10 @@ def write_shards(
             content = shards.shard_bytes(stored, codec.num_quantizers, notes)
             files.write_atomically(options.output_dir, shard, content)
             of_shard, shard_rows = [], 0
-        rows_done, bytes_done = ranks.add("rows", num_rows), ranks.add("bytes", num_bytes)
-        seconds = sum(clip.seconds for clip in clips if isinstance(clip, CodedClip))
-        hours = ranks.add("milliseconds", round(1000 * seconds)) / 3.6e6
-        rate = 3600 * hours / (time.monotonic() - start)
-        progress.set_postfix_str(f"{rows_done:,} rows, {hours:.2f} h, {rate:,.1f} audio-s/s", refresh=False)
-        progress.update(bytes_done - progress.n)
+        seconds += sum(clip.seconds for clip in clips if isinstance(clip, CodedClip))
+        speed = seconds / (time.monotonic() - start)
+        progress.set_postfix_str(f"{num_read:,} clips, {seconds / 3600:.2f} h, {speed:,.1f} audio-s/s", refresh=False)
+        progress.update(num_bytes)
     progress.close()
 
 

@@ -117,10 +117,9 @@ class ShuffledOrder:
     seed: int
 
     def __post_init__(self) -> None:
-        self.fingerprint: dict[str, Any]
         tasks, readers = zip(*self.streams, strict=True)
         corpora, window, seed = [reader.fingerprint for reader in readers], self.shuffle_window, self.seed
-        self.fingerprint = {"corpora": corpora, "shuffle_window": window, "seed": seed}
+        self.fingerprint: dict[str, Any] = {"corpora": corpora, "shuffle_window": window, "seed": seed}
         if set(tasks) != {"audio"}:
             self.fingerprint["tasks"] = list(tasks)
         self._orders = []
