@@ -13,6 +13,7 @@ from llama_mimi.model.llama import FLAVORS, LlamaMimi
 pytestmark = pytest.mark.slow
 SCRIPT = ROOT / "scripts" / "dry_run.py"
 TINY_FLAGS = ["--job.config_file", "config/tiny.toml"]
+LORA_FLAGS = [*TINY_FLAGS, "--model.converters", "lora", "--checkpoint.initial_load_in_hf"]
 HSDP_TP = ["--parallelism.data_parallel_replicate_degree", "2", "--parallelism.tensor_parallel_degree", "2"]
 CASES = {  # name: number of GPUs, True if a step is taken, flags
     "tiny": (8, True, TINY_FLAGS),
@@ -20,6 +21,8 @@ CASES = {  # name: number of GPUs, True if a step is taken, flags
     "tiny, hierarchical": (8, True, [*TINY_FLAGS, "--model.architecture", "hierarchical"]),
     "tiny, hierarchical, content": (8, True, [*TINY_FLAGS, "--model.architecture", "hierarchical"]),
     "tiny, full checkpointing": (8, True, [*TINY_FLAGS, "--activation_checkpoint.mode", "full"]),
+    "tiny, lora": (1, True, LORA_FLAGS),
+    "tiny, lora, content": (1, True, LORA_FLAGS),
     "tiny, hsdp and tp": (8, True, [*TINY_FLAGS, *HSDP_TP]),
     "8B, 64": (64, False, ["--job.config_file", "config/llama3_1_8b.toml"]),
 }
@@ -30,6 +33,15 @@ from unittest.mock import patch
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 from llama_mimi import dry_run
 import torch
+
+def profiled(*args):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        sizes = dry_run.measure(*args)
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    total = [0]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        total.append(total[-1] + event.nbytes())
+    return sizes | {"profiled": max(total)}
 
 found = {}
 for name, (num_gpus, takes_step, flags) in json.loads(sys.argv[1]).items():
@@ -42,7 +54,7 @@ for name, (num_gpus, takes_step, flags) in json.loads(sys.argv[1]).items():
             stack.enter_context(patch.object(dry_run.FusedRMSNorm, "apply", torch.nn.functional.rms_norm))
             stack.enter_context(dry_run.no_content())
         if takes_step:
-            sizes = dry_run.measure(job_config, parallel_dims, model)
+            sizes = (profiled if has_content else dry_run.measure)(job_config, parallel_dims, model)
         else:
             sizes = dry_run.build_states(job_config, parallel_dims, model)[1]
     meshes = {mesh: m.size() for mesh, m in parallel_dims.get_all_one_dimensional_meshes().items()}
@@ -88,6 +100,14 @@ def test_a_step_takes_the_memory_that_it_takes_with_content(found):
     assert found["tiny, full checkpointing"]["peak"] < 0.7 * own["peak"]
     hierarchical = [found[f"tiny, hierarchical{end}"]["peak"] for end in ("", ", content")]
     assert hierarchical[0] == pytest.approx(hierarchical[1], abs=4096)
+
+
+def test_the_profiler_agrees(found):
+    """With LoRA, only the updates have gradients and moments."""
+    own, real = found["tiny, lora"], found["tiny, lora, content"]
+    assert own["peak"] == pytest.approx(real["profiled"], rel=0.05)
+    assert own["gradients"] < own["parameters"] / 3
+    assert own["optimizer states"] == pytest.approx(2 * own["gradients"], abs=1024)
 
 
 def test_meshes_are_as_configured(found):

@@ -287,25 +287,27 @@ def test_without_text_from_the_base_model_to_a_converted_one(base_model, tmp_pat
     assert torch.equal(codes_TQ[:1], prompt_TQ)
 
 
+def loss_of_clips(model: torch.nn.Module, batches: list) -> torch.Tensor:
+    """Return the mean loss over the targets of packed batches, with a forward pass for each clip."""
+    losses_of_clips, num_targets = [], 0
+    for inputs, labels_BL in batches:
+        for row, starts_L in enumerate(inputs["positions"] == 0):
+            bounds = [*starts_L.nonzero().flatten().tolist(), len(starts_L)]
+            for begin, end in itertools.pairwise(bounds):
+                logits_LV = model(inputs["input"][row : row + 1, begin:end]).logits[0]
+                labels_L = labels_BL[row, begin:end]
+                num_targets += int((labels_L != IGNORE_INDEX).sum())
+                loss = F.cross_entropy(logits_LV, labels_L, ignore_index=IGNORE_INDEX, reduction="sum")
+                losses_of_clips.append(loss)
+    assert len(losses_of_clips) > 2 * 2 * len(batches), "rows contain several clips"
+    return torch.stack(losses_of_clips).sum() / num_targets
+
+
 @pytest.mark.parametrize("tp", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_packed_ranks_equal_hugging_face_clip_by_clip(base_model, tmp_path, tp):
     """Packed rows under FSDP or tensor parallelism equal a separate forward pass for each clip."""
-
-    def loss_of(model, batches):
-        losses_of_clips, num_targets = [], 0
-        for inputs, labels_BL in batches:
-            for row, starts_L in enumerate(inputs["positions"] == 0):
-                bounds = [*starts_L.nonzero().flatten().tolist(), len(starts_L)]
-                for begin, end in itertools.pairwise(bounds):
-                    logits_LV = model(inputs["input"][row : row + 1, begin:end]).logits[0]
-                    labels_L = labels_BL[row, begin:end]
-                    num_targets += int((labels_L != IGNORE_INDEX).sum())
-                    loss = F.cross_entropy(logits_LV, labels_L, ignore_index=IGNORE_INDEX, reduction="sum")
-                    losses_of_clips.append(loss)
-        assert len(losses_of_clips) > 2 * 2 * len(batches), "rows contain several clips"
-        return torch.stack(losses_of_clips).sum() / num_targets
-
-    assert_equals_plain_loop(tmp_path, 2, base_model, {"data.packing": "pack", "training.steps": 4}, loss_of, tp)
+    settings = {"data.packing": "pack", "training.steps": 4}
+    assert_equals_plain_loop(tmp_path, 2, base_model, settings, loss_of_clips, tp)
 
 
 def test_hierarchical_ranks_equal_transformers(tmp_path):

@@ -31,6 +31,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.models.attention import VarlenAttentionWrapper, VarlenMetadata
 from torchtitan.models.llama3.model.model import Attention, TransformerBlock
+from torchtitan.protocols.model_converter import build_model_converters
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.logging import init_logger, logger
 from torchtitan.tools.utils import set_default_dtype
@@ -78,6 +79,13 @@ class FusedRMSNorm(torch.autograd.Function):
         return torch.empty_like(x), None, torch.empty_like(weight), None
 
 
+class TotalMemTracker(MemTracker):
+    """Memory tracker without hooks on gradients, which frozen weights do not have. Only the total is used here."""
+
+    def _track_module_params_and_buffers(self, module: nn.Module, install_grad_hooks: bool = False) -> tuple[int, int]:
+        return super()._track_module_params_and_buffers(module, install_grad_hooks=False)
+
+
 def deep_frames(model: HierarchicalLlamaMimi, targets_NQ: torch.Tensor) -> torch.Tensor:
     """Return fake frames for the depth decoder: as many frames as one training step uses on average."""
     return targets_NQ.new_empty(math.ceil(model.model_args.depth_train_fraction * len(targets_NQ)))
@@ -100,9 +108,9 @@ def prepare(args: list[str], num_gpus: int) -> tuple[Any, ParallelDims]:
     """Check a config, and build the device meshes as rank 0 of a fake process group."""
     os.environ["WORLD_SIZE"] = str(num_gpus)
     job_config = parse_config(args)
-    parallelism, converters = job_config.parallelism, job_config.model.converters
-    if parallelism.context_parallel_degree > 1 or converters or job_config.training.enable_cpu_offload:
-        settings = "parallelism.context_parallel_degree, model.converters, training.enable_cpu_offload"
+    parallelism = job_config.parallelism
+    if parallelism.context_parallel_degree > 1 or job_config.training.enable_cpu_offload:
+        settings = "parallelism.context_parallel_degree, training.enable_cpu_offload"
         raise UserError(f"the dry run supports none of these settings: {settings}; remove them")
     job_config.compile.enable = False
     torch.distributed.init_process_group("fake", rank=0, world_size=num_gpus)
@@ -118,6 +126,7 @@ def build_model(job_config: Any, parallel_dims: ParallelDims) -> nn.Module:
     args.update_from_config(job_config)
     with torch.device("meta"), set_default_dtype(TORCH_DTYPE_MAP[job_config.training.dtype]):
         model = train_spec.model_cls(args)
+    build_model_converters(job_config, parallel_dims).convert(model)
     is_half = "float32" not in (job_config.training.mixed_precision_param, "")
     for attention in (module for module in model.modules() if isinstance(module, Attention)):
         if attention.attn_type == "sdpa" and not is_half:
@@ -147,12 +156,13 @@ def build_states(job_config: Any, parallel_dims: ParallelDims, model: nn.Module)
     model.to_empty(device=DEVICE)
     # TorchTitan's optimizers, because the optimizers of the train spec read the values of gradients.
     optimizers = build_optimizers([model], job_config.optimizer, parallel_dims)
-    for parameter in model.parameters():
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
     optimizers.step()
     states = [tensor for own in optimizers for state in own.state.values() for tensor in state.values()]
     tensors = {"parameters": list(model.parameters()), "optimizer states": states}
-    tensors["gradients"] = [parameter.grad for parameter in model.parameters()]
+    tensors["gradients"] = [parameter.grad for parameter in trained]
     optimizers.zero_grad()
     local = {name: [t.to_local() if isinstance(t, DTensor) else t for t in own] for name, own in tensors.items()}
     return optimizers, {name: sum(shard.nbytes for shard in shards) for name, shards in local.items()}
@@ -182,7 +192,7 @@ def measure(job_config: Any, parallel_dims: ParallelDims, model: nn.Module) -> d
 
     for block in blocks:
         block.register_forward_hook(count_both)
-    tracker = MemTracker()
+    tracker = TotalMemTracker()
     tracker.track_external(model, *optimizers, inputs, labels)
     with patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", untracked_shape), tracker:
         for _ in range(num_passes):

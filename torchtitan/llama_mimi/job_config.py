@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from llama_mimi.common.choices import Architecture, Precision, VocabularyKind
+from llama_mimi.common.choices import LORA_TARGETS, Architecture, Precision, VocabularyKind
 
 
 @dataclass
@@ -56,6 +56,24 @@ class Loss:
 
     text_weight: float = 1.0
     """Weight of a text token in the loss; the mean weight of an audio token is 1"""
+
+
+@dataclass
+class Lora:
+    rank: int = 16
+    """Rank of the trained updates; used if model.converters is ['lora']"""
+
+    alpha: float = 32.0
+    """Updates are multiplied by alpha / rank"""
+
+    targets: list[str] = field(default_factory=lambda: [*LORA_TARGETS])
+    """Layers with updates, by their names in Hugging Face models"""
+
+    dropout: float = 0.0
+    """Probability of dropout before the updates"""
+
+    train_audio_tokens: bool = False
+    """Also train the embeddings and the output rows of audio tokens, which a new codec or language may need"""
 
 
 @dataclass
@@ -131,6 +149,7 @@ class JobConfig:
     metrics: Metrics = field(default_factory=Metrics)
     model: Model = field(default_factory=Model)
     loss: Loss = field(default_factory=Loss)
+    lora: Lora = field(default_factory=Lora)
     codec: Codec = field(default_factory=Codec)
     data: Data = field(default_factory=Data)
 

@@ -13,6 +13,7 @@ from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 from llama_mimi.audio.mimi import load_codec_config
 from llama_mimi.checkpoint.architectures import save_run_record, speech_config
 from llama_mimi.checkpoint.huggingface import LlamaMimiStateDictAdapter
+from llama_mimi.checkpoint.lora import adapter_config
 from llama_mimi.common.command_line import report_errors
 from llama_mimi.common.distributed import end_with_torchrun, report_error_once
 from llama_mimi.data.build import build_dataloader
@@ -80,7 +81,7 @@ def build_metrics(job_config: Any, parallel_dims: ParallelDims, model_args: Llam
     seconds = min(job_config.data.max_audio_seconds, row_seconds)
     training = {"tasks": job_config.data.tasks, "max_audio_seconds": seconds}
     config = speech_config(model_args, tokenizer, codec.name, codec.sliding_window, **training)
-    save_run_record(job_config.job.dump_folder, config, tokenizer)
+    save_run_record(job_config.job.dump_folder, config, tokenizer, adapter_config(job_config, model_args))
     meters: dict[str, Any] = {"guard": _guard, "validation": _validation_meter, "data": _data_meter}
     return SpeechMetrics(job_config, parallel_dims, **meters, frame_rate_hz=frame_rate_hz)
 

@@ -1,5 +1,6 @@
 """Hugging Face folders: a flattened model is saved as a Llama, a hierarchical model as a CSM."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,8 +11,10 @@ from transformers import AutoConfig, CsmForConditionalGeneration, LlamaForCausal
 
 from llama_mimi.checkpoint.csm import csm_args, csm_config, csm_state
 from llama_mimi.checkpoint.huggingface import LlamaMimiStateDictAdapter, hf_config, llama_state, model_args, save_folder
+from llama_mimi.checkpoint.lora import ADAPTER_CONFIG
 from llama_mimi.common.choices import Architecture
 from llama_mimi.common.errors import UserError, first_line
+from llama_mimi.common.files import write_atomically
 from llama_mimi.common.hub import load_pretrained, require_no_difference
 from llama_mimi.model.architectures import build_model
 from llama_mimi.model.llama import LlamaMimiArgs
@@ -81,10 +84,15 @@ def speech_config(
     )
 
 
-def save_run_record(dump_folder: str, config: PreTrainedConfig, tokenizer: SpeechTokenizer) -> None:
-    """Write the configuration and the tokenizer to `ASSETS_FOLDER`; only rank 0 writes."""
+def save_run_record(
+    dump_folder: str, config: PreTrainedConfig, tokenizer: SpeechTokenizer, lora: dict[str, Any] | None = None
+) -> None:
+    """Write the configuration, the tokenizer and the result of `adapter_config` to `ASSETS_FOLDER`, on rank 0."""
     if not dist.is_initialized() or dist.get_rank() == 0:
-        save_folder(Path(dump_folder) / ASSETS_FOLDER, config, tokenizer.text_tokenizer)
+        folder = Path(dump_folder) / ASSETS_FOLDER
+        save_folder(folder, config, tokenizer.text_tokenizer)
+        if lora:
+            write_atomically(str(folder), ADAPTER_CONFIG, json.dumps(lora).encode())
 
 
 def find_run_record(checkpoint: Path) -> Path:

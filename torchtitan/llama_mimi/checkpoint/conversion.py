@@ -14,12 +14,14 @@ from llama_mimi.checkpoint.architectures import find_run_record, load_config
 from llama_mimi.checkpoint.csm import codec_state
 from llama_mimi.checkpoint.dcp import find_step, load_model_state
 from llama_mimi.checkpoint.huggingface import save_folder
+from llama_mimi.checkpoint.lora import ADAPTER_CONFIG, merge_lora, save_adapter
 from llama_mimi.common.choices import DEFAULT_CODEC, TEXT_TARGETS, Precision, VocabularyKind
 from llama_mimi.common.command_line import print_next
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import read_json, write_atomically
 from llama_mimi.common.hub import load_pretrained
 from llama_mimi.generation.hierarchical import CsmWithTextHead
+from llama_mimi.model.lora import LORA_WEIGHTS
 from llama_mimi.tokens.vocabulary import SPECIAL_ROLES, audio_tokenizer, extend_tokenizer
 
 MODEL_CARD = Path(__file__).parent / "templates" / "model_card.md.jinja"
@@ -40,7 +42,13 @@ def convert_checkpoint(checkpoint: Path, output_dir: Path, dtype: Precision = "f
         config.codec = str(Path(codec).resolve())  # the relative path is not valid in the new folder
 
     args = kind.args(config)
-    state = kind.state(load_model_state(step, args, verify), args)
+    weights = load_model_state(step, args, verify)
+    if any(name.endswith(LORA_WEIGHTS) for name in weights):
+        lora = json.loads((record / ADAPTER_CONFIG).read_text())
+        weights, adapter = merge_lora(weights, args, lora)
+        adapter = {name: weight.to(DTYPES[dtype]) for name, weight in adapter.items()}
+        save_adapter(output_dir / "adapter", adapter, lora)
+    state = kind.state(weights, args)
     if hasattr(config, "codec_config"):
         state |= codec_state(config, codec)
     has_own_head = getattr(config, "text_head", None) == "separate"

@@ -18,6 +18,7 @@ from llama_mimi.common.distributed import broadcast_from_rank0
 from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.model.architectures import build_model
 from llama_mimi.model.llama import LlamaMimiArgs
+from llama_mimi.model.lora import LORA_WEIGHTS
 
 _STEP = r"step-(\d+)"
 _HF_INDEX = "model.safetensors.index.json"  # in a step that was saved in the format of Hugging Face
@@ -122,10 +123,11 @@ def load_step(state: dict[str, Any], step: Path, verify: bool) -> None:
 
 
 def load_model_state(step: Path, args: LlamaMimiArgs, verify: bool = True) -> dict[str, torch.Tensor]:
-    """Load the float32 weights of a model from a step. ``args``: arguments of the model."""
-    read_index(step)
+    """Load the float32 weights of a model, and of LoRA, from a step. ``args``: arguments of the model."""
+    entries = read_index(step).state_dict_metadata
     with torch.device("meta"):
         wanted = build_model(args).state_dict()
+        wanted |= {key: torch.empty(entry.size) for key, entry in entries.items() if key.endswith(LORA_WEIGHTS)}
     state = {name: torch.empty_like(tensor, device="cpu") for name, tensor in wanted.items()}
     load_step(state, step, verify)
     return state

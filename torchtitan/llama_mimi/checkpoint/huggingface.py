@@ -14,6 +14,7 @@ from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel, PreTrai
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import is_hidden, share_weights
 from llama_mimi.model.llama import LlamaMimiArgs
+from llama_mimi.model.lora import LORA_WEIGHTS
 
 # Entries of a configuration that define the shape of a network: a Llama, or one of the two networks of a CSM.
 NETWORK_KEYS = (
@@ -125,22 +126,25 @@ class LlamaMimiStateDictAdapter(Llama3StateDictAdapter):
         return reader
 
     def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        state_dict = {key: weight for key, weight in state_dict.items() if not key.endswith(LORA_WEIGHTS)}
         if self.model_args.architecture == "hierarchical":  # a Llama lacks the depth decoder
             parts = ("layers.", "norm.", "tok_embeddings.", *["output."] * self.model_args.predicts_text)
             state_dict = {key: weight for key, weight in state_dict.items() if key.startswith(parts)}
         return super().to_hf(state_dict)
 
-    def _permute(self, weight: torch.Tensor, *shape: int) -> torch.Tensor:
-        return _as_one(super()._permute, weight, *shape)
+    def _permute(self, weight: torch.Tensor, num_heads: int, *shape: int) -> torch.Tensor:
+        return _as_one(super()._permute, weight, num_heads)  # without ``shape``: an update has fewer columns
 
-    def _reverse_permute(self, weight: torch.Tensor, *shape: int) -> torch.Tensor:
-        return _as_one(super()._reverse_permute, weight, *shape)
+    def _reverse_permute(self, weight: torch.Tensor, num_heads: int, *shape: int) -> torch.Tensor:
+        return _as_one(super()._reverse_permute, weight, num_heads)
 
 
-def _as_one(reorder: Any, weight: torch.Tensor, *shape: int) -> torch.Tensor:
+def _as_one(reorder: Any, weight: torch.Tensor, num_heads: int) -> torch.Tensor:
     """Gather a matrix from all ranks, reorder its rows, and return the shard of this rank."""
     if not isinstance(weight, DTensor):
-        return reorder(weight, *shape)
+        return reorder(weight, num_heads)
     mesh = weight.device_mesh
-    whole = DTensor.from_local(reorder(weight.full_tensor(), *shape), mesh, [Replicate()] * mesh.ndim, run_check=False)
+    whole = DTensor.from_local(
+        reorder(weight.full_tensor(), num_heads), mesh, [Replicate()] * mesh.ndim, run_check=False
+    )
     return whole.redistribute(placements=weight.placements)

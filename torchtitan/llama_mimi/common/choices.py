@@ -15,3 +15,8 @@ Architecture = Literal["flattened", "hierarchical"]
 Task = Literal["audio", "tts", "asr", "interleaved", "text"]
 TEXT_TARGETS = ("asr", "interleaved", "text")
 AUDIO_TARGETS: tuple[Task, ...] = ("audio", "tts", "interleaved")
+# Layers that LoRA can change: their names in PEFT and transformers, and in TorchTitan.
+LORA_TARGETS = {
+    **{"q_proj": "wq", "k_proj": "wk", "v_proj": "wv", "o_proj": "wo"},
+    **{"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"},
+}

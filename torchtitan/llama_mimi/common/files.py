@@ -141,7 +141,7 @@ def write_atomically(folder: str, name: str, content: bytes) -> None:
 
 def share_weights(folder: Path) -> None:
     """Give weight files the permissions of ``config.json``; by default, only their owner can read them."""
-    for path in folder.glob("*.safetensors"):
+    for path in folder.rglob("*.safetensors"):
         path.chmod((folder / "config.json").stat().st_mode)
 
 

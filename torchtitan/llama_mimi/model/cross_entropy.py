@@ -84,7 +84,16 @@ class PendingOutput(nn.Linear):
     """Output layer that returns `LazyLogits`."""
 
     def forward(self, hidden_BLD: torch.Tensor) -> LazyLogits:
-        return pending_logits(hidden_BLD, self.weight)
+        return pending_logits(hidden_BLD, output_matrix(self))
+
+
+def output_matrix(layer: nn.Module) -> torch.Tensor:
+    """Return the weight (V, D) of an output layer, plus the update of its last rows that `LoRAConverter` may add."""
+    weight_VD = layer.weight
+    if (rows_RD := getattr(layer, "audio_rows", None)) is None:
+        return weight_VD
+    num_frozen = len(weight_VD) - len(rows_RD)
+    return torch.cat([weight_VD[:num_frozen], weight_VD[num_frozen:] + rows_RD])
 
 
 def pending_logits(hidden_BLD: torch.Tensor, weight_VD: torch.Tensor) -> LazyLogits:
@@ -125,7 +134,8 @@ def cross_entropy(
             padded_VD = F.pad(weight_VD, (0, 0, 0, missing))
         if with_gradient:
             grad_ND = torch.empty_like(hidden_ND)
-            grad_VD = torch.zeros_like(padded_VD, dtype=torch.float32)  # long sums are inaccurate in bfloat16
+            # Long sums are inaccurate in bfloat16. A frozen matrix has no gradient.
+            grad_VD = torch.zeros_like(padded_VD, dtype=torch.float32) if weight_VD.requires_grad else None
         for start in range(0, len(hidden_ND), chunk_size):
             chunk = slice(start, start + chunk_size)
             rows = hidden_ND[chunk], targets_N[chunk], weights_N[chunk], admissible_QC[targets.levels_N[chunk]]
@@ -134,14 +144,15 @@ def cross_entropy(
             losses_N[chunk], admissible_N[chunk], grad_NV = step(*rows, padded_VD, num_entries, group, with_gradient)
             if grad_NV is not None:
                 torch.mm(grad_NV, padded_VD, out=grad_ND[chunk])
-                if padded_VD.dtype == torch.float32:
+                if grad_VD is not None and padded_VD.dtype == torch.float32:
                     grad_VD.addmm_(grad_NV.T, hidden_ND[chunk])
-                else:
+                elif grad_VD is not None:
                     grad_VD += grad_NV.T @ hidden_ND[chunk]
             del grad_NV  # free it before the next chunk
         loss_sum = (losses_N * weights_N).sum()
     if with_gradient:
-        loss_sum = _WithGradients.apply(loss_sum, hidden_ND, weight_VD, grad_ND, grad_VD[:num_entries])
+        own_VD = None if grad_VD is None else grad_VD[:num_entries]
+        loss_sum = _WithGradients.apply(loss_sum, hidden_ND, weight_VD, grad_ND, own_VD)
     return loss_sum, losses_N, admissible_N
 
 
@@ -191,7 +202,9 @@ class _WithGradients(torch.autograd.Function):
     """Autograd function that returns gradients which the forward pass has already computed."""
 
     @staticmethod
-    def forward(ctx: Any, loss_sum: Any, hidden_ND: Any, weight_VD: Any, *gradients: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, loss_sum: Any, hidden_ND: Any, weight_VD: Any, *gradients: torch.Tensor | None
+    ) -> torch.Tensor:
         ctx.save_for_backward(*gradients)
         ctx.weight_dtype = weight_VD.dtype
         return loss_sum.view_as(loss_sum)
@@ -200,7 +213,8 @@ class _WithGradients(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_sum: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_ND, grad_VD = ctx.saved_tensors
-        return None, grad_ND * grad_sum, grad_VD.mul_(grad_sum).to(ctx.weight_dtype), None, None
+        grad_VD = None if grad_VD is None else grad_VD.mul_(grad_sum).to(ctx.weight_dtype)
+        return None, grad_ND * grad_sum, grad_VD, None, None
 
 
 def _local(logits: LazyLogits) -> tuple[torch.Tensor, torch.Tensor, int, dist.ProcessGroup | None]:

@@ -13,7 +13,8 @@ from torchtitan.models.llama3 import Transformer, TransformerModelArgs
 from torchtitan.models.llama3.model.args import RoPEScalingArgs
 
 from llama_mimi.common.choices import TEXT_TARGETS, Architecture
-from llama_mimi.model.cross_entropy import LazyLogits, PendingOutput, pending_logits
+from llama_mimi.model.cross_entropy import LazyLogits, PendingOutput, output_matrix, pending_logits
+from llama_mimi.model.lora import init_lora
 from llama_mimi.tokens.tokenizer import build_speech_tokenizer
 from llama_mimi.tokens.vocabulary import AudioVocabulary
 
@@ -117,8 +118,13 @@ class LlamaMimi(Transformer):
         return self.tok_embeddings if self.is_tied else self.output
 
     def flops_per_target(self, seq_len: int) -> int:
-        """Return the training FLOPs per target. Embedding lookups are not counted."""
-        return 3 * forward_flops(num_weights(self.layers, self.norm, self.output_layer), self.model_args, seq_len)
+        """Return the training FLOPs per target. Embedding lookups are not counted.
+
+        A frozen weight needs 2 FLOPs less, because its gradient is not computed.
+        """
+        parts = (self.layers, self.norm, self.output_layer)
+        frozen = sum(p.numel() for part in parts for p in part.parameters() if not p.requires_grad)
+        return 3 * forward_flops(num_weights(*parts), self.model_args, seq_len) - 2 * frozen
 
     def decoding_flops(self, num_frames: int) -> int:
         """Return the FLOPs of decoding a frame with a key-value cache, after ``num_frames`` frames of context.
@@ -134,6 +140,7 @@ class LlamaMimi(Transformer):
         super().init_weights(buffer_device)
         if self.is_tied:  # as in Hugging Face; with unit variance, each token predicts itself
             nn.init.normal_(self.tok_embeddings.weight, std=0.02)
+        init_lora(self)
 
     def get_attention_masks(
         self, input_batch: torch.Tensor, tokenizer: Any, extra_inputs: dict[str, torch.Tensor] | None = None
@@ -157,7 +164,7 @@ class LlamaMimi(Transformer):
             return output
         if isinstance(output, DTensor):  # with tensor parallelism, positions are sharded
             output = output.redistribute(placements=[Replicate()])
-        return pending_logits(output, self.tok_embeddings.weight)
+        return pending_logits(output, output_matrix(self.tok_embeddings))
 
 
 def depth_args(**shape: Any) -> LlamaMimiArgs:

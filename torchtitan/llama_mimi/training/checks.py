@@ -22,7 +22,8 @@ from transformers import PreTrainedConfig
 from llama_mimi.checkpoint.architectures import ASSETS_FOLDER, check_initial_weights, load_config, speech_config
 from llama_mimi.checkpoint.dcp import complete_steps, is_distributed, read_index, set_aside_incomplete, set_aside_later
 from llama_mimi.checkpoint.huggingface import NETWORK_KEYS, hf_config
-from llama_mimi.common.choices import Task
+from llama_mimi.checkpoint.lora import ADAPTER_CONFIG, adapter_config
+from llama_mimi.common.choices import LORA_TARGETS, Task
 from llama_mimi.common.distributed import broadcast_from_rank0
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import LOCK, locked, read_json, write_atomically
@@ -36,7 +37,7 @@ from llama_mimi.tokens.tokenizer import build_speech_tokenizer
 from llama_mimi.tokens.vocabulary import has_text
 from llama_mimi.training.loss import level_fractions, level_weights
 
-FLOAT8 = "quantize.linear.float8"  # name of the converter in TorchTitan
+FLOAT8, LORA = "quantize.linear.float8", "lora"  # names of the model converters
 # Entries that must be equal in the configs of the flavor, a Hugging Face folder and an earlier run (dump_folder).
 MODEL_KEYS = ("model_type", *NETWORK_KEYS, "tie_word_embeddings")
 RECORD_KEYS = (
@@ -53,6 +54,8 @@ _FLAVORS = (
     "'768x12+384x3', where the first width is a multiple of 256 and the second width is a multiple of 16"
 )
 _TASKS = f"choose one or more of: {', '.join(get_args(Task))}"
+_TARGETS = f"choose one or more of: {', '.join(LORA_TARGETS)}"
+_LORA_START = "set checkpoint.initial_load_in_hf to true: LoRA needs an existing model"
 _TORCHAO = "install the package torchao with `uv sync --inexact --extra float8`"
 # Each rule: settings (separated by spaces), a condition on the value and the config, and the second half of the error.
 # `check_settings` adds entries to the config, such as `divisor`.
@@ -107,8 +110,14 @@ RULES: list[tuple[str, Callable[[Any, Any], Any], str]] = [
         "set a divisor of {key_heads}, the number of key heads",
     ),
     ("parallelism.context_parallel_degree", lambda v, c: v == 1 or c.is_flattened, _FLATTENED_ONLY),
-    ("model.converters", lambda v, c: v in ([], [FLOAT8]), f"set ['{FLOAT8}'], the only supported converter"),
-    ("model.converters", lambda v, c: not v or find_spec("torchao"), _TORCHAO),
+    ("model.converters", lambda v, c: v in ([], [FLOAT8], [LORA]), f"set ['{FLOAT8}'] or ['{LORA}']"),
+    ("model.converters", lambda v, c: v != [FLOAT8] or find_spec("torchao"), _TORCHAO),
+    ("model.converters", lambda v, c: v != [LORA] or c.dims.tp == 1, "LoRA supports only FSDP, HSDP and one GPU"),
+    ("model.converters", lambda v, c: v != [LORA] or c.checkpoint.initial_load_in_hf, _LORA_START),
+    ("checkpoint.last_save_in_hf", lambda v, c: not v or c.model.converters != [LORA], "use convert_dcp_to_hf.py"),
+    ("lora.rank lora.alpha", lambda v, c: 0 < v < math.inf, "set a positive, finite number"),
+    ("lora.dropout", lambda v, c: 0 <= v < 1, "set a number of at least 0 and below 1"),
+    ("lora.targets", lambda v, c: v and len(set(v)) == len(v) and {*v} <= {*LORA_TARGETS}, _TARGETS),
     ("parallelism.pipeline_parallel_degree", lambda v, c: v == 1, "set 1: pipeline parallelism is not supported"),
     ("parallelism.data_parallel_replicate_degree", lambda v, c: v == 1 or c.dims.dp_shard > 1, "use FSDP or HSDP"),
     ("parallelism.disable_loss_parallel", lambda v, c: not v, "set false: the loss needs loss parallelism"),
@@ -240,6 +249,7 @@ def _check_model(job_config: Any) -> None:
         run = f"the run in job.dump_folder '{record.parent}'"
         remedy = "set the old value, or choose another job.dump_folder"
         require_same(entries(earlier, RECORD_KEYS), entries(own, RECORD_KEYS), run, remedy)
+        require_same(read_json(str(record), ADAPTER_CONFIG) or {}, adapter_config(job_config, args), run, remedy)
 
 
 def _check_resume(job_config: Any) -> None:

@@ -41,16 +41,25 @@ def _with_own_settings(optimizer: Optimizer, state: dict[str, Any]) -> dict[str,
 
 
 class SpeechSchedulers(LRSchedulersContainer):
-    """TorchTitan's schedulers. Resuming restores the number of steps, but not the learning rate."""
+    """TorchTitan's schedulers. Resuming restores the number of steps, but not the learning rate.
+
+    After each step, the random generators get a seed that depends only on the step and the rank. A resumed run thus has
+    the same dropout as an uninterrupted run.
+    """
 
     def __init__(self, *args: Any) -> None:
         self.schedulers = build_lr_schedulers(*args).schedulers
+
+    def step(self) -> None:
+        super().step()
+        rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        torch.manual_seed(self.schedulers[0].last_epoch * world_size + rank)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         counts = {key: state_dict[key] - 1 for key in ("last_epoch", "_step_count")}
         for scheduler in self.schedulers:
             scheduler.load_state_dict(state_dict | counts | {"base_lrs": scheduler.base_lrs})
-            scheduler.step()  # advances to the saved step with the learning rate of the current config
+        self.step()  # advances to the saved step with the learning rate of the current config
 
 
 class StepGuard:
