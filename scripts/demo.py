@@ -58,7 +58,6 @@ def demo(
 
 def build_app(gradio: Any, model: Any) -> Any:
     """Return the gradio page. After a click on the button, the page shows the values that `continued` yields."""
-
     worker = ThreadPoolExecutor(1)
 
     def answer(prompt: str | None, *settings: float | None) -> Iterator[Any]:

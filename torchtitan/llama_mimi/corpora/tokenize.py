@@ -41,7 +41,6 @@ Codec = MimiCodec | CodesReader  # the reader states the properties of the codec
 READER = 3  # version of the rules that skip and filter clips; all shards of a folder must have the same version
 CLIPS_PER_SHARD, MIN_SHARDS = 2048, 64  # defaults: 3 MB per shard for clips of 14 s, and enough shards for many ranks
 ROWS_PER_CHUNK = 100  # rows that a worker reads, and the codec encodes, at once
-SECONDS_PER_REPORT = 10.0
 SHARD_READERS = 16  # number of threads; a remote read is mostly waiting
 # Options that do not change the shards.
 FREE = "corpus dataset_path split output_dir codec num_workers max_skip_fraction".split()
@@ -223,7 +222,7 @@ def write_shards(
     own = sorted(todo, key=lambda job: -job.num_bytes)[ranks.rank :: ranks.world_size]
     read = partial(read_chunks, reader, own, 1 if splits else ROWS_PER_CHUNK)
     workers = {"num_workers": options.num_workers} | ({"prefetch_factor": 1} if splits and options.num_workers else {})
-    shown = {"unit": "B", "unit_scale": True, "mininterval": SECONDS_PER_REPORT, "disable": ranks.rank > 0}
+    shown = {"unit": "B", "unit_scale": True, "mininterval": 10.0, "disable": ranks.rank > 0}
     progress = tqdm(total=sum(job.num_bytes for job in own), desc=f"rank 0 of {ranks.world_size}", **shown)
     start, seconds = time.monotonic(), 0.0
     of_shard: list[Any] = []  # clips and skipped clips of the current shard, from ``shard_rows`` rows

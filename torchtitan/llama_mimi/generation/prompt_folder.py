@@ -176,8 +176,8 @@ def _complete_group(
         try:
             waveforms[path] = read_prompt(str(path), codec)
         except AudioError as error:
-            text = as_utf8(str(error))
-            yield from ((file, {**record, "error": text}) for file, (p, record) in group.items() if p.path == path)
+            problem = as_utf8(str(error))
+            yield from ((file, {**record, "error": problem}) for file, (p, record) in group.items() if p.path == path)
     codes = dict(zip(waveforms, encode_prompts(model, list(waveforms.values()), options), strict=True))
     codes[None] = torch.zeros(0, codec.num_quantizers, dtype=torch.long)  # only a text
     usable: list[tuple[str, Record]] = []
@@ -190,10 +190,10 @@ def _complete_group(
             requests.append(Request(prompt_TQ, record["seed"], prompt.text))
     if transcribes:
         transcripts = transcribe(model, [request.prompt_TQ for request in requests], num_rows)
-        for (file, record), transcript in zip(usable, transcripts, strict=True):
-            path, end = output_dir / file, FinishReason.LENGTH if transcript.is_cut else FinishReason.EOS
-            write_atomically(str(path.parent), path.name, f"{transcript.text}\n".encode())
-            yield file, record | {"transcript": transcript.text, "end": end.value}
+        for (file, record), (text, is_cut) in zip(usable, transcripts, strict=True):
+            path, end = output_dir / file, FinishReason.LENGTH if is_cut else FinishReason.EOS
+            write_atomically(str(path.parent), path.name, f"{text}\n".encode())
+            yield file, record | {"transcript": text, "end": end.value}
         return
     drawn = decode_with_bar(model, requests, options, num_rows)
     for number, new_TQ, end, began in finished(drawn, codec.num_quantizers):

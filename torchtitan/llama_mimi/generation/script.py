@@ -48,10 +48,10 @@ def run_inference(options: InferenceOptions) -> None:
         if (output_dir := options.output_dir) is None:
             if ranks.rank == 0 and options.transcribe is not None:
                 waveform = read_prompt(str(options.transcribe), model.codec)
-                (transcript,) = transcribe(model, encode_prompts(model, [waveform], sampling), 1)
-                if transcript.is_cut:
+                ((text, is_cut),) = transcribe(model, encode_prompts(model, [waveform], sampling), 1)
+                if is_cut:
                     print("the transcript is incomplete, because it reached its maximum length", file=sys.stderr)
-                print(transcript.text)
+                print(text)
             elif ranks.rank == 0:
                 _continue_prompt(model, options, files)
                 data_dir = "assets/tiny/benchmarks/salmon" if is_synthetic(model.codec.name) else None

@@ -97,8 +97,8 @@ def _recogniser(options: AsrOptions, ranks: DistributedContext) -> metrics.Measu
 
     def values(batch: Sequence[metrics.Input]) -> Iterator[metrics.Value]:
         samples = [clip.read(model.codec.sample_rate_hz).samples_S for (clip,) in batch]
-        for transcript in transcribe(model, model.codec.encode_many(samples), num_rows):
-            yield {"text": transcript.text, "ended": float(not transcript.is_cut)}
+        for text, is_cut in transcribe(model, model.codec.encode_many(samples), num_rows):
+            yield {"text": text, "ended": float(not is_cut)}
 
     description = broadcast_from_rank0(lambda: describe_model(name, model))
     del description["versions"]  # cached transcripts stay valid after a new commit
