@@ -111,7 +111,7 @@ def test_a_prompt_that_was_replaced_is_continued_again(model, prompts, whole, tm
     other = {(new["prompt"], new["sample"]) for new, old in pairs if new["prompt_frames"] != old["prompt_frames"]}
     assert other == {("3.flac", 0), ("3.flac", 1)}
     (tmp_path / "out" / "results.jsonl").write_text("{")
-    with pytest.raises(UserError, match="is not a results file"):
+    with pytest.raises(UserError, match="is not a readable results file"):
         run(model, Path("link"), Path("out"))
 
 
@@ -190,7 +190,7 @@ def test_each_line_of_a_file_is_spoken_once(model, tmp_path):
     )
     assert [record["frames"] for record in silent] == [0, 0] and soundfile.info(tmp_path / "b" / "a_0.wav").frames == 0
     (tmp_path / "texts.txt").write_bytes(b"\xff")
-    with pytest.raises(UserError, match="is not readable as UTF-8"):
+    with pytest.raises(UserError, match="is not a readable text file in UTF-8"):
         read_texts(tmp_path / "texts.txt")
 
 

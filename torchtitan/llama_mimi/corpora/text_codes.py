@@ -31,7 +31,6 @@ from llama_mimi.corpora.source import Row
 TEXT = r"<\|text_start\|>((?:(?!<\|text_).)*)<\|text_end\|>"
 UTTERANCE = re.compile(TEXT + r"<\|audio_start\|>([^<]*)<\|audio_end\|>", re.DOTALL)
 CLIP = re.compile(r"<audio>((?:<\d{1,9}_\d{1,9}>)*)</audio>")
-Clips = list[tuple[str | None, np.ndarray]]  # transcripts and codes (T, Q)
 
 
 class CodesReader:
@@ -79,11 +78,12 @@ class CodesReader:
         codes_N, levels_N = np.array(re.findall(r"\d+", match[1]), dtype=np.int64).reshape(-1, 2).T
         return self._frames(levels_N, codes_N)
 
-    def _parse_recording(self, content: str) -> Clips:
+    def _parse_recording(self, content: str) -> list[tuple[str | None, np.ndarray]]:
+        """Return the transcript and the codes (T, Q) of each utterance."""
         utterances = UTTERANCE.findall(content)
         if not utterances or UTTERANCE.sub("", content) not in ("", "<|begin_of_text|><|end_of_text|>"):
             raise ValueError("its content is not a sequence of transcripts and codes")
-        clips: Clips = []
+        clips = []
         for text, characters in utterances:
             tokens_N = np.frombuffer(characters.encode("utf-32-le"), "<u4").astype(np.int64) - 0xE000
             clips.append((text.strip() or None, self._frames(*np.divmod(tokens_N, self.codebook_size))))

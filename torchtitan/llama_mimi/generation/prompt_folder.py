@@ -16,11 +16,12 @@ from llama_mimi.audio.mimi import codec_hash
 from llama_mimi.audio.reading import AUDIO_ENDINGS, AudioError, Waveform, write_wav
 from llama_mimi.audio.streaming import decode_long
 from llama_mimi.common.distributed import DistributedContext, broadcast_from_rank0
-from llama_mimi.common.errors import UserError, first_line
+from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import as_utf8, find_files, read_json, write_atomically
 from llama_mimi.common.hub import weights_sha256
 from llama_mimi.common.resume import ProgressLog, map_resumable, require_same
 from llama_mimi.common.versions import versions
+from llama_mimi.corpora.source import reading
 from llama_mimi.generation.continuation import decode_with_bar, encode_prompts, finished, for_model, read_prompt
 from llama_mimi.generation.decoding import FinishReason, Request
 from llama_mimi.generation.options import SamplingOptions
@@ -60,10 +61,8 @@ def find_prompts(folder: Path, output_dir: Path) -> list[Prompt]:
 
 def read_texts(path: Path) -> list[Prompt]:
     """Return the lines of a file, which are named by their numbers. Empty lines are skipped."""
-    try:
+    with reading(str(path), "text file in UTF-8"):
         lines = path.read_text("utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"'{path}' is not readable as UTF-8 ({first_line(error)}); choose a text file") from error
     return [Prompt(f"{number:06}", text=line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
 
 
@@ -107,10 +106,8 @@ def draw_samples(
             compared = {key: value for key, value in settings.items() if key not in NOT_COMPARED}
             require_same({"transcribes": False, **earlier}, compared, f"'{output_dir}'", "choose another --output_dir")
         if (results := output_dir / RESULTS).exists():  # copy the records of a finished run back to the log
-            try:
+            with reading(str(results), "results file"):
                 log.add({record["file"]: record for record in map(json.loads, results.read_text().splitlines())})
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"'{results}' is not a results file ({first_line(error)}); remove the file") from error
             results.unlink()
         return samples
 
