@@ -201,12 +201,17 @@ def test_int8_weights_change_the_probabilities_little(codec):
     assert 0 < divergence < 0.01, "in nats"
 
 
-def test_contexts_of_similar_length_are_prefilled_at_once(codec, monkeypatch):
+@torch.no_grad()
+def test_contexts_of_similar_length_are_prefilled_at_once(codec):
     """On a CPU, padding costs time."""
-    batches, (cache,) = [], flattened(codec, 4, n_layers=1).caches(5, 32)
-    monkeypatch.setattr(cache, "_prefill", lambda inputs: batches.append(sorted(inputs)))
-    cache.prefill({row: torch.zeros(length, 192) for row, length in enumerate((22, 10, 20, 11, 30))})
-    assert batches == [[1, 3], [0, 2], [4]]
+    model, shapes = flattened(codec, 4, n_layers=1), []
+    (cache,) = model.caches(5, 32)
+    model.backbone.register_forward_pre_hook(
+        lambda module, args, inputs: shapes.append(tuple(inputs["inputs_embeds"].shape[:2])), with_kwargs=True
+    )
+    width = model.backbone.config.hidden_size
+    cache.prefill({row: torch.zeros(length, width) for row, length in enumerate((22, 10, 20, 11, 30))})
+    assert shapes == [(2, 11), (2, 22), (1, 30)]
 
 
 def test_caches_of_the_same_size_are_used_again(model):
