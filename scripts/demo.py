@@ -8,7 +8,6 @@ default, only this machine can reach the page.
 
 import io
 import os
-import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -59,21 +58,21 @@ def demo(
 
 def build_app(gradio: Any, model: Any) -> Any:
     """Return the gradio page. After a click on the button, the page shows the values that `continued` yields."""
-
     worker = ThreadPoolExecutor(1)
 
     def answer(prompt: str | None, *settings: float | None) -> Iterator[Any]:
+        if prompt is None or None in settings:
+            raise gradio.Error("record or upload a prompt, and enter a number for each setting")
+        options: dict[str, Any] = dict(zip(sliders, settings, strict=True))
+        options |= {"top_k": int(options["top_k"]), "seed": int(options["seed"]), "top_p": options["top_p"] or None}
         try:
-            if prompt is None or None in settings:
-                raise UserError("record or upload a prompt, and enter a number for each setting")
-            options: dict[str, Any] = dict(zip(sliders, settings, strict=True))
-            options |= {"top_k": int(options["top_k"]), "seed": int(options["seed"]), "top_p": options["top_p"] or None}
             values = continued(model, prompt, SamplingOptions(**options))
             # gradio calls `answer` in changing threads, but a model has to be compiled and run in one thread.
             while shown := worker.submit(next, values, None).result():
                 yield shown
         except UserError as error:
-            raise gradio.Error(without_folders(str(error))) from error
+            # Hide this machine's folders from visitors.
+            raise gradio.Error(str(error).replace(prompt, os.path.basename(prompt))) from error
 
     prompt = gradio.Audio(sources=["upload", "microphone"], type="filepath", label="Prompt", buttons=[])
     sliders = {
@@ -120,13 +119,6 @@ def continued(model: Any, prompt: str, options: SamplingOptions) -> Iterator[tup
             state += f". Generation stopped at {'</audio>' if new is FinishReason.EOS else 'the maximum length'}"
             state += f"; {settings_note(model, options)}"
         yield sound, state
-
-
-def without_folders(message: str) -> str:
-    """Shorten each absolute path in a message to its last part, to hide this machine's folders from visitors."""
-    quoted = r"""(?<![^\s(\[])(['"])/(?:(?!\1).)*?([^/'"]*)/*\1"""  # a path in quotes may have spaces
-    message = re.sub(quoted, r"\1\2\1", message)
-    return re.sub(r"""(?<![^\s(\[=])/[^\s'"]*?([^\s/'",;:)\]]+)/*(?=[\s,;:)\]]|$)""", r"\1", message)
 
 
 if __name__ == "__main__":

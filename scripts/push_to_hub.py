@@ -5,7 +5,6 @@ uv run python scripts/push_to_hub.py --model_name models/tiny --repo me/tiny --r
 
 import json
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,15 +51,9 @@ def push_to_hub(upload: Upload) -> None:
             files[name] = (json.dumps(without_folders(config), indent=2) + "\n").encode()
     files[CARD] = card.content.encode()
     if dry_run is not None:
-        if dry_run.exists():
-            raise UserError(f"the --dry_run folder '{dry_run}' already exists; set --dry_run to a new folder")
-        try:
-            dry_run.mkdir(parents=True)
-            for name, content in files.items():
-                (dry_run / name).write_bytes(content.read_bytes() if isinstance(content, Path) else content)
-        except OSError:
-            shutil.rmtree(dry_run, ignore_errors=True)
-            raise
+        dry_run.mkdir(parents=True)
+        for name, content in files.items():
+            (dry_run / name).write_bytes(content.read_bytes() if isinstance(content, Path) else content)
         return print(f"these files in '{dry_run}' would be uploaded: {', '.join(sorted(files))}")
     api = HfApi()
     try:

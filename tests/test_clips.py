@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from llama_mimi.common.errors import UserError
 from llama_mimi.corpora.clips import AudioReader, is_too_many, read_in_workers
 from llama_mimi.corpora.formats import open_source
 from llama_mimi.data.build import build_dataloader
-from llama_mimi.data.dataloader import ClipStream, DataMeter, SpeechDataLoader
+from llama_mimi.data.dataloader import DataMeter, SpeechDataLoader, read_chunks
 from llama_mimi.data.order import RowsInOrder, ShuffledOrder, Stream
 from llama_mimi.data.packing import BatchPacker
 from llama_mimi.tokens.tokenizer import IGNORE_INDEX, load_speech_tokenizer
@@ -52,8 +53,9 @@ def reader(corpus, text=None, max_frames=12, path=None):
 
 def read_all(reader, dp_rank=0, dp_world_size=1, num_workers=0):
     """Let the workers of training read every clip of one rank once; return the clips in corpus order."""
-    stream = ClipStream([Stream("audio", reader)], RowsInOrder([Stream("audio", reader)], dp_rank, dp_world_size), 3)
-    return [clip for chunk in read_in_workers(stream, num_workers=num_workers) for _, clip in chunk]
+    streams = [Stream("audio", reader)]
+    read = partial(read_chunks, streams, RowsInOrder(streams, dp_rank, dp_world_size), 3)
+    return [clip for chunk in read_in_workers(read, num_workers=num_workers) for _, clip in chunk]
 
 
 @pytest.fixture(scope="module")
@@ -141,8 +143,8 @@ def test_workers_need_no_shared_memory(corpus, monkeypatch):
 
     monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", full)
     audio = [Stream("audio", reader(corpus))]
-    stream = ClipStream(audio, RowsInOrder(audio), 4)
-    sent, read = (next(read_in_workers(stream, num_workers=n, timeout=20 if n else 0)) for n in (1, 0))
+    chunks = partial(read_chunks, audio, RowsInOrder(audio), 4)
+    sent, read = (next(read_in_workers(chunks, num_workers=n, timeout=20 if n else 0)) for n in (1, 0))
     for (_, clip), (_, wanted) in zip(sent, read, strict=True):
         assert np.array_equal(clip.samples_S, wanted.samples_S) and clip.name == wanted.name
 
@@ -150,7 +152,7 @@ def test_workers_need_no_shared_memory(corpus, monkeypatch):
 @pytest.mark.parametrize("settings", [{"prefetch_factor": 2}, {"persistent_workers": True}, {"num_workers": -1}])
 def test_worker_settings_that_do_not_fit_are_one_sentence(settings):
     with pytest.raises(UserError, match="the dataloader settings .* contradict each other"):
-        next(read_in_workers([], **settings))
+        next(read_in_workers(lambda worker, num_workers: [], **settings))
 
 
 def test_validation_takes_the_same_clips_on_any_number_of_ranks(tokenizer, monkeypatch):
@@ -224,9 +226,9 @@ def test_workers_end_with_a_killed_process(corpus):
     script = f"""
 import sys, time
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_clips import ClipStream, RowsInOrder, Stream, read_in_workers, reader
+from test_clips import RowsInOrder, Stream, partial, read_chunks, read_in_workers, reader
 audio = [Stream("audio", reader({corpus!r}))]
-chunks = read_in_workers(ClipStream(audio, list(RowsInOrder(audio)) * 9, 40), num_workers=2)
+chunks = read_in_workers(partial(read_chunks, audio, list(RowsInOrder(audio)) * 9, 40), num_workers=2)
 next(chunks)
 print("reading", flush=True)
 time.sleep(60)

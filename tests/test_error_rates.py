@@ -168,8 +168,8 @@ def test_a_speech_language_model_transcribes(speaking, model_folder, tmp_path):
     result, model = json.loads((tmp_path / "speaking.json").read_text()), load_speech_model(str(speaking))
     for sample in result["samples"]:
         codes = model.codec.encode([read_audio(tmp_path / sample["file"], 24_000).samples_S])
-        (expected,) = transcribe(model, codes, 1)
-        assert (sample["text"], sample["ended"]) == (expected.text, float(not expected.is_cut))
+        ((text, is_cut),) = transcribe(model, codes, 1)
+        assert (sample["text"], sample["ended"]) == (text, float(not is_cut))
         assert sample["word_errors"]["errors"] >= sample["word_errors"]["words"] > 0
     assert len(result["samples"]) == 3 and result["made_by"]["recogniser"]["codec_sha256"]
     config = json.loads((model_folder / "config.json").read_text()) | {"tasks": ["audio"]}

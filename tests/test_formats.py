@@ -24,7 +24,7 @@ from test_code_store import tokenize
 from llama_mimi.audio.reading import SHORTER, AudioError, read_audio
 from llama_mimi.audio.silence import split_at_pauses
 from llama_mimi.common.errors import UserError
-from llama_mimi.corpora.clips import AudioClip, AudioReader, SkippedClip
+from llama_mimi.corpora.clips import AudioReader, CodedClip, SkippedClip
 from llama_mimi.corpora.formats import open_source
 from llama_mimi.corpora.where import RowFilter
 
@@ -78,11 +78,11 @@ def test_the_same_clips_in_every_layout(rows, layout, tmp_path):
     again = opened(place)
     assert again.fingerprint == source.fingerprint and again.units == source.units
     with_text = open_source(str(place), None, "audio", "text")
-    assert all(isinstance(clip, AudioClip) and clip.text for clip in clips_of(with_text, with_text=True))
+    assert all(isinstance(clip, CodedClip) and clip.text for clip in clips_of(with_text, with_text=True))
     with pytest.raises(UserError, match="lacks the column 'said' for the text .columns: .*text"):
         open_source(str(place), None, "audio", "said")
     if layout == "tar":
-        with pytest.raises(UserError, match="training cannot read tar files; run scripts/tokenize_corpus.py for"):
+        with pytest.raises(UserError, match="training cannot read the tar files of .*; run scripts/tokenize_corpus.py"):
             _ = AudioReader(source, sample_rate_hz=RATE, frame_size=1920, max_frames=12).rows_per_unit
 
 
@@ -168,7 +168,7 @@ def is_right(place, wanted):
             clips_of(opened(place))
     else:
         clips = clips_of(opened(place))
-        assert [(c.name, c.text) if isinstance(c, AudioClip) else c.reason for c in clips] == wanted
+        assert [(c.name, c.text) if isinstance(c, CodedClip) else c.reason for c in clips] == wanted
 
 
 def link(name, target):
@@ -281,11 +281,11 @@ def test_folders_with_links_and_odd_files(rows, tmp_path, capsys):
     clips = clips_of(opened(tmp_path))
     reasons = [clip.reason for clip in clips if isinstance(clip, SkippedClip)]
     assert len(clips) == 5 and sorted(reasons) == ["damaged row", "damaged row", "empty", "missing"]
-    assert [clip.text for clip in clips if isinstance(clip, AudioClip)] == [rows[2]["text"]]
+    assert [clip.text for clip in clips if isinstance(clip, CodedClip)] == [rows[2]["text"]]
     assert not capsys.readouterr().out
     (tmp_path / "metadata.csv").write_text("file_name,text\nempty.wav,a\nother.wav,b\n")
     opened(tmp_path)
-    message = "4 audio files are not in the tables, and 1 rows lack an audio file"
+    message = "4 audio files lack a row, and 1 rows lack an audio file"
     assert message in (line := capsys.readouterr().out) and "gone" not in line and "other.wav" in line
 
 

@@ -20,7 +20,7 @@ from llama_mimi.checkpoint.csm import csm_config
 from llama_mimi.checkpoint.huggingface import hf_config
 from llama_mimi.common.errors import UserError
 from llama_mimi.generation import kv_cache
-from llama_mimi.generation.continuation import continue_codes, finished, for_model, print_cut_prompts, with_progress
+from llama_mimi.generation.continuation import continue_codes, decode_with_bar, finished, for_model
 from llama_mimi.generation.decoding import FinishReason, Request, Sampling, decode, draw_entries
 from llama_mimi.generation.flattened import FlattenedModel
 from llama_mimi.generation.hierarchical import CsmWithTextHead, HierarchicalModel
@@ -201,12 +201,17 @@ def test_int8_weights_change_the_probabilities_little(codec):
     assert 0 < divergence < 0.01, "in nats"
 
 
-def test_contexts_of_similar_length_are_prefilled_at_once(codec, monkeypatch):
+@torch.no_grad()
+def test_contexts_of_similar_length_are_prefilled_at_once(codec):
     """On a CPU, padding costs time."""
-    batches, (cache,) = [], flattened(codec, 4, n_layers=1).caches(5, 32)
-    monkeypatch.setattr(cache, "_prefill", lambda inputs: batches.append(sorted(inputs)))
-    cache.prefill({row: torch.zeros(length, 192) for row, length in enumerate((22, 10, 20, 11, 30))})
-    assert batches == [[1, 3], [0, 2], [4]]
+    model, shapes = flattened(codec, 4, n_layers=1), []
+    (cache,) = model.caches(5, 32)
+    model.backbone.register_forward_pre_hook(
+        lambda module, args, inputs: shapes.append(tuple(inputs["inputs_embeds"].shape[:2])), with_kwargs=True
+    )
+    width = model.backbone.config.hidden_size
+    cache.prefill({row: torch.zeros(length, width) for row, length in enumerate((22, 10, 20, 11, 30))})
+    assert shapes == [(2, 11), (2, 22), (1, 30)]
 
 
 def test_caches_of_the_same_size_are_used_again(model):
@@ -294,17 +299,19 @@ def test_options_out_of_range_are_refused(model, options, message):
         continue_codes(model, PROMPT, SamplingOptions(**options))
 
 
-def test_progress_shows_the_seconds_of_new_audio(capsys):
+def test_progress_shows_the_seconds_of_new_audio(model, capsys, monkeypatch):
     """A sample that ends before its maximum length lowers the total."""
 
-    def drawn():
+    def drawn(*arguments):
         yield 0, PROMPT[0]
         time.sleep(1.1)
         yield 0, FinishReason.EOS
         yield from ((1, frame_Q) for frame_Q in clip(10))
         yield 1, FinishReason.LENGTH
 
-    assert len(list(with_progress(drawn(), 2, 10, 12.5))) == 13
+    monkeypatch.setattr("llama_mimi.generation.continuation.decode", drawn)
+    requests = [Request(PROMPT, seed) for seed in range(2)]
+    assert len(list(decode_with_bar(model, requests, SamplingOptions(seconds=0.8), 2))) == 13
     assert "new audio: 0.9 of 0.9 s [00:01, left: 00:00]" in capsys.readouterr().err
 
 
@@ -324,12 +331,6 @@ def test_past_the_window_the_start_of_the_prompt_and_the_last_frames_are_read(mo
         ((part_TQ, _),) = all_samples(model, [Request(context_TQ, 0)], step, num_rows=1).values()
         codes_TQ, context_TQ = torch.cat([codes_TQ, part_TQ]), torch.cat([context_TQ, part_TQ])
     assert torch.equal(torch.cat([prompt_TQ, new_TQ]), codes_TQ)
-
-
-def test_prompts_that_fill_the_window_are_counted(model, capsys):
-    print_cut_prompts(model, SamplingOptions(window_seconds=1.28), [15, 16, 40])
-    seen = "the model sees only the first 0.3 s and the last 0.6 s of each of these prompts"
-    assert capsys.readouterr().out == f"prompts that fill the model's context of 1.3 s: 2; {seen}\n"
 
 
 def test_text_comes_before_the_speech(codec):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
+from simulated import text_from_codes
 from tokenizers import processors
 from transformers import LlamaForCausalLM
 
@@ -29,7 +30,6 @@ from llama_mimi.evaluation.scoring import (
 from llama_mimi.generation.flattened import FlattenedModel
 from llama_mimi.model.llama import FLAVORS, LlamaMimiArgs
 from llama_mimi.tokens.tokenizer import SpeechTokenizer, load_speech_tokenizer
-from llama_mimi.tokens.vocabulary import text_from_codes
 
 
 @pytest.fixture(scope="module")

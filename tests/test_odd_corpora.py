@@ -13,7 +13,7 @@ from test_formats import clips_of, rows_of
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import digest
 from llama_mimi.corpora import parquet
-from llama_mimi.corpora.clips import AudioClip, SkippedClip
+from llama_mimi.corpora.clips import CodedClip, SkippedClip
 from llama_mimi.corpora.formats import corpus_files, open_source
 
 PROMPT = (TINY / "prompt.wav").read_bytes()
@@ -161,7 +161,7 @@ def test_transcripts_are_text(tmp_path):
         folder = write(tmp_path / f"no {number}" / "train-0.parquet", text=values)
         (clip,) = clips_of(opened(folder, "text"), with_text=True)
         assert clip.reason == "damaged row" and "its text cannot be stored (it is a " in clip.message
-        assert isinstance(clips_of(opened(folder))[0], AudioClip)  # the text is not read
+        assert isinstance(clips_of(opened(folder))[0], CodedClip)  # the text is not read
     audio = [{"bytes": PROMPT, "path": None}] * 2
     folder = write(tmp_path / "odd" / "train-0.parquet", audio, text=[b"\xff\xfe", b"good"], id=[b"\xff1", b"two"])
     bad, good = clips_of(opened(folder, "text"), with_text=True)
@@ -209,7 +209,7 @@ def test_paths_lie_beside_the_parquet_file(tmp_path, content, monkeypatch):
         (tmp_path / place / "a.wav").write_bytes(PROMPT)
     monkeypatch.chdir(tmp_path / "elsewhere")
     for path in ("clips/a.wav", "../elsewhere/a.wav", str(tmp_path / "elsewhere" / "a.wav")):
-        assert isinstance(clip_of(tmp_path, {"bytes": content, "path": path}), AudioClip)
+        assert isinstance(clip_of(tmp_path, {"bytes": content, "path": path}), CodedClip)
     assert (
         clip_of(tmp_path, {"bytes": None, "path": "a.wav"}).reason == "missing"
     )  # the working directory is not searched
@@ -218,4 +218,4 @@ def test_paths_lie_beside_the_parquet_file(tmp_path, content, monkeypatch):
     memory.pipe_file("/odd/train-0.parquet", (tmp_path / "train-0.parquet").read_bytes())
     memory.pipe_file("/odd/clips/a.wav", PROMPT)
     (clip,) = clips_of(opened("memory://odd"))
-    assert isinstance(clip, AudioClip)
+    assert isinstance(clip, CodedClip)

@@ -35,7 +35,7 @@ def fill(packer, clips):
             begun, unit = unit, packer.add(own, unit)
             if packer.is_full or unit == begun:
                 batches.append((packer.num_frames, *packer.pop()))
-    return batches if packer.is_empty else [*batches, (packer.num_frames, *packer.pop())]
+    return [*batches, (packer.num_frames, *packer.pop())] if packer.num_used else batches
 
 
 def pieces(batches):

@@ -18,13 +18,7 @@ from llama_mimi.common.errors import UserError
 from llama_mimi.generation import prompt_folder
 from llama_mimi.generation.continuation import continue_codes, encode_prompts, read_prompt
 from llama_mimi.generation.options import SamplingOptions
-from llama_mimi.generation.prompt_folder import (
-    Prompt,
-    draw_samples,
-    find_prompts,
-    read_texts,
-    without_new_audio,
-)
+from llama_mimi.generation.prompt_folder import Prompt, draw_samples, find_prompts, read_texts
 from llama_mimi.generation.transcription import transcribe
 
 OPTIONS = SamplingOptions(seconds=0.8, temperature=1.0, num_samples=2)
@@ -76,12 +70,6 @@ def test_each_prompt_is_continued(whole):
     assert {record["end"] for record in records} == {"cut", "ended"}
 
 
-def test_samples_without_new_audio_are_counted():
-    records = [{"frames": 0}, {"frames": 2}, {"error": "x"}]
-    assert without_new_audio(records) == "; samples without new audio, because the model ended at once: 1"
-    assert without_new_audio(records[1:]) == ""
-
-
 def test_killed_and_started_again_is_the_same_bytes(model, prompts, whole, tmp_path, monkeypatch, capsys):
     """Each run is interrupted in the middle of a group, after a different number of files."""
     write_wav, left = prompt_folder.write_wav, 0
@@ -106,7 +94,7 @@ def test_killed_and_started_again_is_the_same_bytes(model, prompts, whole, tmp_p
     assert kills == 5 and content(tmp_path) == content(whole[0])
     timeless = [[{**record, "seconds": 0} for record in each] for each in (records, json.loads(json.dumps(whole[1])))]
     assert json.loads(json.dumps(timeless[0])) == timeless[1]
-    monkeypatch.setattr(prompt_folder, "decode", None)  # a finished folder needs no decoding
+    monkeypatch.setattr(prompt_folder, "decode_with_bar", None)  # a finished folder needs no decoding
     assert run(model, prompts, tmp_path) == json.loads(json.dumps(records))
     assert "22 of 22 samples were already finished" in capsys.readouterr().out
 
@@ -123,7 +111,7 @@ def test_a_prompt_that_was_replaced_is_continued_again(model, prompts, whole, tm
     other = {(new["prompt"], new["sample"]) for new, old in pairs if new["prompt_frames"] != old["prompt_frames"]}
     assert other == {("3.flac", 0), ("3.flac", 1)}
     (tmp_path / "out" / "results.jsonl").write_text("{")
-    with pytest.raises(UserError, match="is not a results file"):
+    with pytest.raises(UserError, match="is not a readable results file"):
         run(model, Path("link"), Path("out"))
 
 
@@ -202,7 +190,7 @@ def test_each_line_of_a_file_is_spoken_once(model, tmp_path):
     )
     assert [record["frames"] for record in silent] == [0, 0] and soundfile.info(tmp_path / "b" / "a_0.wav").frames == 0
     (tmp_path / "texts.txt").write_bytes(b"\xff")
-    with pytest.raises(UserError, match="is not readable as UTF-8"):
+    with pytest.raises(UserError, match="is not a readable text file in UTF-8"):
         read_texts(tmp_path / "texts.txt")
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from conftest import TINY, next_command, run_here
 from forked_ranks import run_ranks
+from simulated import text_from_codes
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from llama_mimi.audio.reading import read_audio
@@ -23,7 +24,6 @@ from llama_mimi.generation.continuation import encode_prompts, for_model, settin
 from llama_mimi.generation.loading import load_speech_model
 from llama_mimi.generation.options import SamplingOptions
 from llama_mimi.model.llama import FLAVORS, LlamaMimi, LlamaMimiArgs
-from llama_mimi.tokens.vocabulary import text_from_codes
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,6 @@ from llama_mimi.checkpoint.conversion import convert_checkpoint
 from llama_mimi.checkpoint.csm import csm_state
 from llama_mimi.checkpoint.huggingface import hf_config, llama_state
 from llama_mimi.corpora.code_shards import CodedClip
-from llama_mimi.corpora.texts import TextClip
 from llama_mimi.corpora.utterances import Utterances
 from llama_mimi.data.dataloader import SpeechDataLoader
 from llama_mimi.data.examples import ExampleBuilder
@@ -47,7 +46,7 @@ def clips(draw, task):
     clip = st.builds(coded, st.integers(1, 6), texts, st.booleans() if task in ("audio", "tts") else st.just(False))
     if task == "interleaved":
         return Utterances("block", draw(st.lists(st.lists(clip, min_size=1, max_size=4), min_size=1, max_size=3)))
-    return TextClip("document", draw(texts)) if task == "text" else draw(clip)
+    return CodedClip("document", text=draw(texts)) if task == "text" else draw(clip)
 
 
 def plain_sequences(tokenizer, task, clip, starts_with_text=False):
@@ -181,7 +180,7 @@ def test_losses_are_those_of_transformers(kind):
         "tts": coded(3, "the doctor", is_cut=True),
         "asr": coded(5, "the house"),
         "interleaved": Utterances("block", [run_of_three, run_of_three[1:]]),
-        "text": TextClip("document", "the old doctor"),
+        "text": CodedClip("document", text="the old doctor"),
     }
     builder, packer = ExampleBuilder(tokenizer), BatchPacker(tokenizer, 2, 128, is_packed=True, has_positions=True)
     wanted = torch.zeros(2, len(TASKS) * (Q + 2), dtype=torch.float64)
@@ -235,7 +234,7 @@ class MadeUpReader:
 
     def clips(self, row):
         if self._task == "text":
-            return [TextClip(str(row), "the doctor " * (row % 40))]
+            return [CodedClip(str(row), text="the doctor " * (row % 40))]
         made = [coded(1 + (row * 7 + part) % 30, "the doctor", seed=row) for part in range(5)]
         return [Utterances(str(row), [made[:2], made[2:]]) if self._task == "interleaved" else made[0]]
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import tyro
 from conftest import TINY
+from simulated import text_from_codes
 
 from llama_mimi.audio.mimi import load_codec_config
 from llama_mimi.common.errors import UserError
@@ -19,7 +20,6 @@ from llama_mimi.corpora.code_shards import CodeCorpus
 from llama_mimi.corpora.options import ImportOptions, TokenizationOptions
 from llama_mimi.corpora.tokenize import tokenize_corpus
 from llama_mimi.corpora.utterances import UtteranceCorpus
-from llama_mimi.tokens.vocabulary import text_from_codes
 
 CODEC = str(TINY / "mimi")
 K = load_codec_config(CODEC, 8).codebook_size

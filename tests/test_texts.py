@@ -12,8 +12,7 @@ from simulated import random_clips, write_codes
 
 from llama_mimi.audio.mimi import load_codec_config
 from llama_mimi.common.errors import UserError
-from llama_mimi.corpora.clips import SkippedClip
-from llama_mimi.corpora.texts import TextCorpus
+from llama_mimi.corpora.clips import SkippedClip, TextCorpus
 from llama_mimi.corpora.utterances import UtteranceCorpus
 
 

@@ -8,12 +8,13 @@ import torch
 from conftest import TINY
 from hypothesis import given
 from hypothesis import strategies as st
+from simulated import text_from_codes
 from tokenizers import Tokenizer, models, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from llama_mimi.common.errors import UserError
 from llama_mimi.tokens.tokenizer import SpeechTokenizer
-from llama_mimi.tokens.vocabulary import AudioVocabulary, audio_tokenizer, extend_tokenizer, has_text, text_from_codes
+from llama_mimi.tokens.vocabulary import AudioVocabulary, audio_tokenizer, extend_tokenizer, has_text
 
 SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>"]
 

@@ -11,6 +11,7 @@ clip, the baseline writes the codes as text, calls the tokenizer, and pads to th
 import contextlib
 import io
 import itertools
+import math
 import statistics
 import tempfile
 import time
@@ -26,23 +27,21 @@ import numpy as np
 import pyarrow as pa
 import torch
 from measuring import DEVICE, alternate, machine, median_and_range
-from simulated import STORED_LEVELS, random_clips, speech_lengths, write_codes
+from simulated import STORED_LEVELS, random_clips, speech_lengths, text_from_codes, write_codes
 
 from llama_mimi.audio.mimi import DTYPES, MimiCodec, load_codec_config, whole_frames
 from llama_mimi.common.command_line import run_command
 from llama_mimi.common.errors import UserError
-from llama_mimi.corpora.clips import AudioClip, AudioReader
+from llama_mimi.corpora.clips import AudioReader, CodedClip, TextCorpus
 from llama_mimi.corpora.code_shards import CodeCorpus
 from llama_mimi.corpora.formats import open_source
 from llama_mimi.corpora.options import TokenizationOptions
-from llama_mimi.corpora.texts import TextCorpus
 from llama_mimi.corpora.tokenize import tokenize_corpus
 from llama_mimi.corpora.utterances import UtteranceCorpus
 from llama_mimi.data.dataloader import SpeechDataLoader
 from llama_mimi.data.order import ShuffledOrder, Stream
 from llama_mimi.data.packing import BatchPacker
 from llama_mimi.tokens.tokenizer import IGNORE_INDEX, SpeechTokenizer, load_speech_tokenizer
-from llama_mimi.tokens.vocabulary import text_from_codes
 
 GPU_TOKENS_PER_S = 60_000  # useful tokens per second that a 1B training step should reach on one GPU
 WORDS = "the doctor and a farmer of this quiet village walked slowly behind their wonderful horses yesterday"
@@ -85,12 +84,12 @@ def audio_reader(corpus: str, codec: MimiCodec) -> AudioReader:
     )
 
 
-def read_clips(reader: AudioReader, limit: int) -> Iterator[AudioClip]:
+def read_clips(reader: AudioReader, limit: int) -> Iterator[CodedClip]:
     """Yield the first ``limit`` clips of a corpus."""
     rows = (row for unit in range(len(reader.source.units)) for row in reader.source.rows(unit))
     for row in itertools.islice(rows, limit):
         (clip,) = reader.clips(row)
-        if not isinstance(clip, AudioClip):
+        if not isinstance(clip, CodedClip):
             raise UserError(f"{clip.message}; set --corpus to a corpus of valid clips")
         yield clip
 
@@ -129,7 +128,7 @@ def print_rates(flags: DataFlags, folder: Path) -> None:
     reader = audio_reader(flags.corpus, codec)
     clips = list(read_clips(reader, flags.clips))
     seconds = sum(len(clip.samples_S) for clip in clips) / codec.sample_rate_hz
-    frames = np.array([codec.num_frames(len(clip.samples_S)) for clip in clips])
+    frames = np.array([math.ceil(len(clip.samples_S) / codec.frame_size) for clip in clips])
     methods = {"reading and resampling": partial(rate_of, partial(read_clips, reader, flags.clips), seconds)}
     for dtype in DTYPES:
         model = MimiCodec(flags.codec, flags.num_quantizers, DEVICE, DTYPES[dtype])
@@ -155,7 +154,7 @@ def print_rates(flags: DataFlags, folder: Path) -> None:
     print(f"{percents[0]} with simulated lengths, {percents[1]} with the lengths of the corpus\n")
 
 
-def encode(codec: MimiCodec, clips: list[AudioClip], batch_size: int) -> float:
+def encode(codec: MimiCodec, clips: list[CodedClip], batch_size: int) -> float:
     samples = sorted((torch.from_numpy(clip.samples_S) for clip in clips), key=len)
     batches = [samples[i : i + batch_size] for i in range(0, len(samples), batch_size)]
     return rate_of(partial(map, codec.encode, batches), sum(map(len, samples)) / codec.sample_rate_hz)
@@ -181,7 +180,7 @@ def tokenize(flags: DataFlags, corpus: str, folder: Path, numbers: Iterator[int]
     options = TokenizationOptions(corpus=corpus, output_dir=str(folder / f"codes-{next(numbers)}"), codec=flags.codec)
     options.num_workers = num_workers
     options.num_quantizers, options.clips_per_shard = flags.num_quantizers, 10**6
-    with contextlib.redirect_stdout(io.StringIO()) as output:
+    with contextlib.redirect_stderr(io.StringIO()) as output:
         tokenize_corpus(options)
     return float(output.getvalue().split("audio-s/s")[-2].split()[-1].replace(",", ""))
 
@@ -189,7 +188,7 @@ def tokenize(flags: DataFlags, corpus: str, folder: Path, numbers: Iterator[int]
 def print_useful_fractions(flags: DataFlags, folder: Path) -> None:
     codec = MimiCodec(flags.codec, flags.num_quantizers)
     clips = read_clips(audio_reader(flags.corpus, codec), 10**9)
-    lengths = {flags.corpus: np.array([codec.num_frames(len(clip.samples_S)) for clip in clips])}
+    lengths = {flags.corpus: np.array([math.ceil(len(clip.samples_S) / codec.frame_size) for clip in clips])}
     lengths["simulated, like The People's Speech"] = speech_lengths(2000)
     print("| useful fraction of tokens | clips | mean | pad | pack |\n|---|---|---|---|---|")
     for number, (name, frames) in enumerate(lengths.items()):

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from bench_generation import Q, Shape, random_model
 from measuring import DEVICE, device_name, machine, measure, median_and_range
+from simulated import text_from_codes
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, MimiModel
 
 from llama_mimi.audio.mimi import MimiCodec
@@ -36,7 +37,6 @@ from llama_mimi.evaluation.script import BATCH_TOKENS, BENCHMARK_SCRIPTS
 from llama_mimi.generation.flattened import FlattenedModel
 from llama_mimi.generation.speech_model import DECODER_DTYPES
 from llama_mimi.tokens.tokenizer import load_speech_tokenizer
-from llama_mimi.tokens.vocabulary import text_from_codes
 
 FOLDERS = {"salmon": "salmon", "sLM21": "sLM21", "sStoryCloze": "storycloze"}  # in assets/tiny/benchmarks
 METHODS = ALONE, BATCHED, CACHED = "one clip at a time", "in batches", "in batches, codes cached"

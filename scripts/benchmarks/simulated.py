@@ -1,4 +1,4 @@
-"""Tokenised corpora of random codes, with the clip lengths of real speech."""
+"""Tokenised corpora of random codes, with the clip lengths of real speech, and codes as text."""
 
 import json
 import os
@@ -6,12 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from transformers import MimiConfig
 
 from llama_mimi.audio.mimi import codec_hash, load_codec_config
 from llama_mimi.corpora.code_shards import CLIPS_PER_GROUP, FORMAT, MANIFEST, CodedClip, by_second, shard_bytes
+from llama_mimi.tokens.vocabulary import AUDIO_END, AUDIO_START
 
 STORED_LEVELS = 8
+
+
+def text_from_codes(codes_TQ: torch.Tensor) -> str:
+    """Return codes as text that a tokenizer can parse: ``<audio><c_0><c_1>...</audio>``."""
+    tokens = "".join(f"<{code}_{level}>" for frame in codes_TQ.tolist() for level, code in enumerate(frame))
+    return f"{AUDIO_START}{tokens}{AUDIO_END}"
 
 
 def speech_lengths(number: int) -> np.ndarray:

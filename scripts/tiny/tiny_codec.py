@@ -16,7 +16,7 @@ from transformers import EncodecFeatureExtractor, MimiConfig, MimiModel, PreTrai
 
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import share_weights
-from llama_mimi.corpora.clips import AudioClip, AudioReader
+from llama_mimi.corpora.clips import AudioReader, CodedClip
 from llama_mimi.corpora.formats import open_source
 
 LAYER_SCALE = 0.2  # initial value; Mimi's value of 0.01 suits far longer training
@@ -237,7 +237,7 @@ def read_clips(corpus: str, sample_rate_hz: int) -> list[LabelledClip]:
     rows = (row for unit in range(len(source.units)) for row in source.rows(unit))
     clips = []
     for clip in (clip for row in rows for clip in reader.clips(row)):
-        if isinstance(clip, AudioClip):
+        if isinstance(clip, CodedClip):
             clips.append(LabelledClip(torch.as_tensor(clip.samples_S), clip.speaker or "", clip.text or ""))
         else:
             print(f"skipped: {clip.message}", flush=True)

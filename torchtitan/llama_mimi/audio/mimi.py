@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import MimiConfig, MimiModel, PreTrainedConfig
+from transformers import MimiConfig, MimiModel
 from transformers.utils import cached_file
 
 from llama_mimi.common.batching import bucket_by_length
@@ -55,22 +55,10 @@ def whole_frames(seconds: float, config: MimiConfig, setting: str = "data.max_au
     return frames
 
 
-def is_released(config: PreTrainedConfig) -> bool:
-    """Return True if the config is of Llama-Mimi's first release: the entry for the sliding window is missing."""
-    return not hasattr(config, "codec_sliding_window")
-
-
-def has_sliding_window(config: PreTrainedConfig) -> bool:
-    """Return True if a model was trained with a sliding window in the codec; False for Llama-Mimi's first release."""
-    return not is_released(config) and config.codec_sliding_window
-
-
 class MimiCodec:
     """Mimi codec with a fixed number of quantizer levels.
 
     Args:
-        name: hub id or folder.
-        num_quantizers: Q, number of levels to encode and decode.
         dtype: type of weights and activations; bfloat16 changes about 2 % of the codes.
         sliding_window: if True, attend to the last 250 positions (10 s), as in Mimi's training; if False, attend to all
             earlier positions, as the library transformers did before February 2026 (its pull request 43971).
@@ -108,10 +96,6 @@ class MimiCodec:
         other.num_quantizers = num_quantizers
         return other
 
-    def num_frames(self, num_samples: int) -> int:
-        """Return the number of frames of a clip, including a partial last frame."""
-        return math.ceil(num_samples / self.frame_size)
-
     def encode(self, waveforms: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Encode mono float32 clips (S,) at ``sample_rate_hz`` in one batch. Return int64 codes (T, Q) on the CPU.
 
@@ -120,7 +104,7 @@ class MimiCodec:
         """
         if not waveforms:
             return []
-        frames = [self.num_frames(len(samples_S)) for samples_S in waveforms]
+        frames = [math.ceil(len(samples_S) / self.frame_size) for samples_S in waveforms]
         audio_BS = pad_sequence(list(waveforms), batch_first=True)
         audio_BS = torch.nn.functional.pad(audio_BS, (0, max(frames) * self.frame_size - audio_BS.shape[1]))
         # clone() frees the padding, and returns a normal tensor instead of an inference tensor.

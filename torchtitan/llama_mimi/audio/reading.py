@@ -95,7 +95,6 @@ def read_audio(
     samples are non-finite or very large.
 
     Args:
-        source: a path, or the bytes of a file.
         sample_rate_hz: sample rate of the result; if None, the file's rate is used.
         start_seconds: start of the part to read; in WAV, AIFF and FLAC files, earlier samples are not decoded.
         name: name of the clip in messages; default: path of the file.

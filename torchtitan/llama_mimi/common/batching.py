@@ -7,9 +7,7 @@ from collections.abc import Sequence
 def bucket_by_length(sizes: Sequence[int], limit: float, max_ratio: float = math.inf) -> list[list[int]]:
     """Sort items by size, and return batches of indices.
 
-    Args:
-        limit: maximum padded size of a batch of several items.
-        max_ratio: maximum ratio of the largest to the smallest size in a batch.
+    ``limit``: maximum padded size of a batch of several items. ``max_ratio``: of the largest size to the smallest one.
     """
     batches: list[list[int]] = []
     for index in sorted(range(len(sizes)), key=lambda i: sizes[i]):  # the last item is the longest of its batch

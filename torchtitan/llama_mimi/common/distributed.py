@@ -44,22 +44,15 @@ class DistributedContext:
         end_with_torchrun()
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.rank = int(os.environ.get("RANK", 0))
-        self._store: dist.Store = dist.HashStore()
         if self.world_size > 1:
             if device is not None and device.startswith("cuda:"):
                 raise UserError(f"--device {device} names one GPU for all {self.world_size} ranks; use --device cuda")
-            self._store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
-            world = {"rank": self.rank, "world_size": self.world_size}
-            dist.init_process_group("gloo", store=self._store, timeout=TIMEOUT, **world)
+            dist.init_process_group("gloo", timeout=TIMEOUT)
         if device in (None, "cuda") and torch.cuda.is_available():
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         self.device = available_device(device or "cpu")
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-
-    def add(self, counter: str, number: int) -> int:
-        """Add a number to a counter that all ranks share, and return the sum."""
-        return self._store.add(counter, number)
 
     def wait(self) -> None:
         gather(None)

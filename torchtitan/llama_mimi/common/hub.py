@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ def load_pretrained(
     if is_model := "dtype" in kwargs:
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         kwargs["use_safetensors"] = None if allow_torch_weights else True
-    set_tqdm_hook(_progress_bar)
+    # Only rank 0 shows a progress bar, after two seconds of work.
+    set_tqdm_hook(lambda create, args, options: create(*args, **options, delay=2, disable=not is_first_rank()))
     load_report = logging.getLogger("transformers.modeling_utils")  # prints a table; the tensors are checked below
     load_report.disabled = True
     try:
@@ -42,10 +43,8 @@ def load_pretrained(
     except Exception as error:  # the type of the error depends on the parser
         remedy = f"copy the folder again, or choose another {what}"
         if not path.is_dir():
-            download = (
-                f"`uv run hf download {name} --local-dir FOLDER` (for a gated model, first run `uv run hf auth login`)"
-            )
-            remedy = f"check the name and the network, or run {download} and use the folder instead of the hub id"
+            remedy = "check the name and the network; for a gated model, first run `uv run hf auth login`; or run "
+            remedy += f"`uv run hf download {name} --local-dir FOLDER` and use the folder instead of the hub id"
         problem = f"the {what} in '{name}' could not be loaded ({first_line(error)})"
         raise UserError(f"{problem}; {remedy}") from error
     finally:
@@ -61,11 +60,6 @@ def load_pretrained(
     wrong = {kind: [key for key in keys if not re.search(without_effect, key)] for kind, keys in wrong.items()}
     require_no_difference(wrong, f"'{name}' is not a complete {what}", type(model).__name__)
     return model
-
-
-def _progress_bar(create: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any]) -> Any:
-    """Create a progress bar for transformers. Only rank 0 shows the bar, after two seconds of work."""
-    return create(*args, **options, delay=2, disable=not is_first_rank())
 
 
 def require_no_difference(wrong: Mapping[str, Collection[str]], problem: str, model: str) -> None:

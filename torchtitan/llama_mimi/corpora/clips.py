@@ -5,20 +5,21 @@ import hashlib
 import itertools
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from llama_mimi.audio.reading import SHORTER, AudioError, Waveform, read_audio
 from llama_mimi.audio.silence import split_at_pauses
 from llama_mimi.common.distributed import end_with_parent
 from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.files import file_system
+from llama_mimi.corpora.formats import open_source
 from llama_mimi.corpora.source import Row, Source
 from llama_mimi.corpora.where import RowFilter
 
@@ -39,25 +40,49 @@ class SkippedClip:
 
 
 @dataclass(frozen=True)
-class AudioClip:
-    """One usable clip, with the ``audio_warnings`` of its `Waveform`."""
+class CodedClip:
+    """One usable clip: codes (a row of a shard), audio to encode, or a text."""
 
     name: str  # id, path or position
+    codes_TQ: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.uint16))
+    seconds: float = 0.0  # length of the audio; 0 if the clip was read from a shard
+    is_cut: bool = False  # True if the recording is longer than the clip
+    text: str | None = None
+    speaker: str | None = None
+    audio_warnings: tuple[str, ...] = ()  # see `Waveform`
+    audio_hash: bytes | None = None  # hash of the samples, 16 bytes
     # Mono float32 at the codec's rate. PyTorch would send a tensor to another process through /dev/shm, which Docker
     # limits to 64 MB. If /dev/shm is full, a worker hangs. An array is sent through a pipe.
-    samples_S: np.ndarray
-    is_cut: bool  # True if the recording is longer than the clip
-    text: str | None
-    speaker: str | None = None
-    audio_warnings: tuple[str, ...] = ()
-    audio_hash: bytes | None = None  # hash of the samples
+    samples_S: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
 
 
 @dataclass
-class AudioReader:
-    """Reader that turns the rows of a source into clips."""
+class SourceReader:
+    """Base class of the readers that turn the rows of a source into clips for training."""
 
     source: Source
+
+    def __post_init__(self) -> None:
+        self.name, self.fingerprint = self.source.name, self.source.fingerprint
+
+    @property
+    def rows_per_unit(self) -> np.ndarray:
+        """Number of rows in each unit (U,). Raise a `UserError` for tar files, because their rows are not counted."""
+        rows = [unit.num_rows for unit in self.source.units]
+        if None in rows:
+            remedy = "run scripts/tokenize_corpus.py, or convert a corpus of texts to JSONL"
+            raise UserError(f"training cannot read the tar files of '{self.name}'; {remedy}")
+        return np.array(rows, dtype=np.int64)
+
+    def read(self, unit: int) -> Sequence[Row]:
+        """Return all rows of a unit."""
+        return list(self.source.rows(unit))
+
+
+@dataclass
+class AudioReader(SourceReader):
+    """Reader of audio."""
+
     _: KW_ONLY
     sample_rate_hz: int  # rate of the codec
     frame_size: int  # samples in one codec frame; shorter clips are skipped
@@ -67,22 +92,10 @@ class AudioReader:
     splits: bool = False  # split long recordings at pauses into several clips without texts
 
     def __post_init__(self) -> None:
-        self.name, self.fingerprint = self.source.name, self.source.fingerprint
+        super().__post_init__()
         self._max_seconds = self.max_frames * self.frame_size / self.sample_rate_hz
 
-    @property
-    def rows_per_unit(self) -> np.ndarray:
-        """Number of rows in each unit (U,). Raise a `UserError` for tar files, because their rows are not counted."""
-        rows = [unit.num_rows for unit in self.source.units]
-        if None in rows:
-            raise UserError(f"training cannot read tar files; run scripts/tokenize_corpus.py for '{self.name}'")
-        return np.array(rows, dtype=np.int64)
-
-    def read(self, unit: int) -> Sequence[Row]:
-        """Return all rows of a unit."""
-        return list(self.source.rows(unit))
-
-    def clips(self, row: Row) -> list[AudioClip | SkippedClip]:
+    def clips(self, row: Row) -> list[CodedClip | SkippedClip]:
         """Return the clips of a row, or one skipped clip with a reason."""
         name = row["name"]
         try:
@@ -100,7 +113,7 @@ class AudioReader:
             problem = f"{type(error).__name__}: {first_line(error)[:200]}"
             return [SkippedClip("unexpected", f"'{name}' cannot be read ({problem})")]
 
-    def _split(self, row: Row) -> list[AudioClip | SkippedClip]:
+    def _split(self, row: Row) -> list[CodedClip | SkippedClip]:
         """Split a long recording at pauses into clips without text; a short recording is one clip with its text."""
         waveform = read_row(row, self.sample_rate_hz, max_seconds=MAX_RECORDING_SECONDS)
         if waveform.is_cut and SHORTER not in waveform.audio_warnings:
@@ -118,16 +131,38 @@ class AudioReader:
             clips.append(self._clip(f"{row['name']}_{number:05d}", part, row | {"text": None}))
         return clips
 
-    def _clip(self, name: str, waveform: Waveform, row: Row) -> AudioClip | SkippedClip:
+    def _clip(self, name: str, waveform: Waveform, row: Row) -> CodedClip | SkippedClip:
         is_longer = waveform.is_cut and not self.splits and SHORTER not in waveform.audio_warnings
         if (reason := self.row_filter.of_length(waveform.seconds, is_cut=is_longer)) is not None:
             return SkippedClip(reason, name, is_filtered=True)
         samples_S = waveform.samples_S.numpy()
         if len(samples_S) < self.frame_size:
             return SkippedClip("too short", f"'{name}' is {waveform.seconds:.3f} s long, less than a codec frame")
-        labels = row.get("text"), row.get("speaker"), waveform.audio_warnings
-        audio_hash = hashlib.blake2b(memoryview(samples_S), digest_size=HASH_BYTES).digest()
-        return AudioClip(name, samples_S, waveform.is_cut, *labels, audio_hash)
+        return CodedClip(
+            name,
+            seconds=waveform.seconds,
+            is_cut=waveform.is_cut,
+            text=row.get("text"),
+            speaker=row.get("speaker"),
+            audio_warnings=waveform.audio_warnings,
+            audio_hash=hashlib.blake2b(memoryview(samples_S), digest_size=HASH_BYTES).digest(),
+            samples_S=samples_S,
+        )
+
+
+class TextCorpus(SourceReader):
+    """Reader of documents (``column``): the lines of text files, or the rows of a data set in another format."""
+
+    def __init__(self, name: str, column: str) -> None:
+        super().__init__(open_source(name, None, "", column))
+
+    def clips(self, row: Row) -> list[CodedClip | SkippedClip]:
+        """Convert a row to a list of one document."""
+        if (problem := row.get("problem")) is not None:
+            return [SkippedClip("damaged row", f"'{row['name']}' cannot be used: {problem}")]
+        if row["text"] is None:
+            return [SkippedClip("no text", f"'{row['name']}' has no text", is_filtered=True)]
+        return [CodedClip(row["name"], text=row["text"])]
 
 
 def read_row(row: Row, sample_rate_hz: int | None, *, max_seconds: float) -> Waveform:
@@ -154,30 +189,33 @@ def read_row(row: Row, sample_rate_hz: int | None, *, max_seconds: float) -> Wav
     if seconds > max_seconds:
         return waveform
     is_short = waveform.seconds < seconds - ROUNDED_SECONDS
-    return dataclasses.replace(
-        waveform, is_cut=is_short, audio_warnings=waveform.audio_warnings + (SHORTER,) * is_short
-    )
+    warnings = waveform.audio_warnings + (SHORTER,) * is_short
+    return dataclasses.replace(waveform, is_cut=is_short, audio_warnings=warnings)
 
 
 class _WithErrors(IterableDataset):
     """Dataset that yields a `UserError` instead of raising it: PyTorch would add a traceback to an exception."""
 
-    def __init__(self, dataset: Iterable[Any]) -> None:
-        self._dataset = dataset
+    def __init__(self, read: Callable[[int, int], Iterable[Any]]) -> None:
+        self._read = read
 
     def __iter__(self) -> Iterator[Any]:
+        info = get_worker_info()
         try:
-            yield from self._dataset
+            yield from self._read(info.id, info.num_workers) if info else self._read(0, 1)
         except UserError as error:
             yield UserError(str(error))
 
 
-def read_in_workers(dataset: Iterable[Any], **workers: Any) -> Iterator[Any]:
-    """Read a dataset in worker processes, and yield its items. ``workers``: arguments of a `DataLoader`."""
+def read_in_workers(read: Callable[[int, int], Iterable[Any]], **workers: Any) -> Iterator[Any]:
+    """Call ``read(worker, num_workers)`` in each worker process, and yield one item of each worker in turn.
+
+    ``workers``: arguments of a `DataLoader`. If ``num_workers`` is 0, ``read(0, 1)`` is called in this process.
+    """
     # PyTorch draws a seed for the workers; this draw must not change the random state of training.
     options: dict[str, Any] = {"batch_size": None, "collate_fn": _unchanged, "generator": torch.Generator(), **workers}
     try:
-        loader = DataLoader(_WithErrors(dataset), worker_init_fn=partial(_end_with, os.getpid()), **options)
+        loader = DataLoader(_WithErrors(read), worker_init_fn=partial(_end_with, os.getpid()), **options)
     except ValueError as error:
         raise UserError(f"the dataloader settings {workers} contradict each other; set num_workers to 1") from error
     for item in loader:

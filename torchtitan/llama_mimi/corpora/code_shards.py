@@ -3,7 +3,7 @@
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 import torch
 
 from llama_mimi.audio.mimi import MimiCodec, codec_hash
-from llama_mimi.common.errors import UserError, first_line
+from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import digest, file_system, read_json, sizes_in
 from llama_mimi.common.resume import require_same
-from llama_mimi.corpora.clips import AudioClip, SkippedClip
-from llama_mimi.corpora.source import Row
+from llama_mimi.corpora.clips import CodedClip, SkippedClip
+from llama_mimi.corpora.source import Row, reading
 
 MANIFEST = "manifest.json"
 PLAN = "tokenization.json"
@@ -34,31 +34,14 @@ OPTIONAL_COLUMNS = {
 }
 
 
-@dataclass(frozen=True)
-class CodedClip:
-    """One clip as codes (a row of a shard), with the ``audio_warnings`` of its `Waveform`."""
-
-    name: str  # id or path
-    codes_TQ: np.ndarray  # uint16
-    seconds: float  # length of the audio; 0 if the clip was read from a shard
-    is_cut: bool  # True if the recording is longer than the clip
-    text: str | None = None
-    speaker: str | None = None
-    audio_warnings: tuple[str, ...] = ()
-    audio_hash: bytes | None = None  # hash of the samples, 16 bytes
-
-
 def encode_clips(codec: MimiCodec, clips: Sequence[Any]) -> list[Any]:
-    """Replace each `AudioClip` by a `CodedClip`; other items are returned unchanged."""
-    codes = iter(codec.encode_many([torch.from_numpy(clip.samples_S) for clip in clips if isinstance(clip, AudioClip)]))
-    encoded: list[Any] = []
-    for clip in clips:
-        if isinstance(clip, AudioClip):
-            codes_TQ, seconds = next(codes).numpy().astype(np.uint16), len(clip.samples_S) / codec.sample_rate_hz
-            labels = clip.text, clip.speaker, clip.audio_warnings, clip.audio_hash
-            encoded.append(CodedClip(clip.name, codes_TQ, seconds, clip.is_cut, *labels))
-        else:
-            encoded.append(clip)
+    """Replace the audio of each `CodedClip` by codes; items without audio are returned unchanged."""
+    encoded = list(clips)
+    places = [place for place, clip in enumerate(clips) if isinstance(clip, CodedClip) and len(clip.samples_S)]
+    codes = codec.encode_many([torch.from_numpy(clips[place].samples_S) for place in places])
+    for place, codes_TQ in zip(places, codes, strict=True):
+        no_samples = np.empty(0, np.float32)
+        encoded[place] = replace(clips[place], codes_TQ=codes_TQ.numpy().astype(np.uint16), samples_S=no_samples)
     return encoded
 
 
@@ -145,15 +128,11 @@ def coded_rows(table: pa.Table, num_quantizers: int | None = None) -> list[Row]:
 
 def read_shard(path: str, columns: Sequence[str] | None = None, group: int | None = None) -> pa.Table:
     """Read a shard, or one row group of it, and verify checksums; the table's metadata contains the notes."""
-    try:
-        fs, bare = file_system(path)
-        with fs.open(bare) as stream:
-            file = pq.ParquetFile(stream, page_checksum_verification=True)
-            table = file.read(columns) if group is None else file.read_row_group(group, columns)
+    fs, bare = file_system(path)
+    with reading(path, "Parquet file"), fs.open(bare) as stream:
+        file = pq.ParquetFile(stream, page_checksum_verification=True)
+        table = file.read(columns) if group is None else file.read_row_group(group, columns)
         return table if columns is None else table.select(columns)
-    except (OSError, pa.ArrowException, KeyError) as error:
-        problem = f"'{path}' is not a readable Parquet file ({first_line(error)})"
-        raise UserError(f"{problem}; copy the file again, or delete the file and tokenise again") from error
 
 
 def is_store(path: str) -> bool:

@@ -82,9 +82,7 @@ class FolderSource(Source):
                 problem = f"the file names in the tables of '{self.name}' do not match its audio files ({examples})"
                 raise UserError(f"{problem}; correct the file names in the tables")
             if is_first_rank():
-                counts = (
-                    f"{len(missing):,} audio files are not in the tables, and {len(unused):,} rows lack an audio file"
-                )
+                counts = f"{len(missing):,} audio files lack a row, and {len(unused):,} rows lack an audio file"
                 print(f"in the tables of '{self.name}', {counts} (such as {examples})", flush=True)
         return found
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from llama_mimi.common.errors import UserError, first_line
+from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import file_system, find_files
 from llama_mimi.corpora.folder import FolderSource
 from llama_mimi.corpora.manifest import LineSource, ManifestSource
@@ -117,13 +117,10 @@ def corpus_files(dataset: str, dataset_path: str | None, split: str | None) -> t
 
 def _named_files(name: str, dataset_path: str | None) -> list[str]:
     hub_id, config, split = CORPORA[name]
-    root, reason = (dataset_path or f"hf://datasets/{hub_id}").rstrip("/"), "no such files"
-    try:
-        for pattern in (f"{config}/{split}-*.parquet", f"{config}/{split}/*.parquet"):
-            if files := find_files(f"{root}/{pattern}", PARQUET_ENDINGS):
-                return files
-    except Exception as error:  # the hub's client raises many types of errors
-        reason = first_line(error)
-    problem = f"'{root}' lacks the files {config}/{split}-*.parquet of the corpus '{name}' ({reason})"
+    root = (dataset_path or f"hf://datasets/{hub_id}").rstrip("/")
+    for pattern in (f"{config}/{split}-*.parquet", f"{config}/{split}/*.parquet"):
+        if files := find_files(f"{root}/{pattern}", PARQUET_ENDINGS):
+            return files
+    problem = f"'{root}' lacks the files {config}/{split}-*.parquet of the corpus '{name}'"
     command = f"hf download {hub_id} --repo-type dataset --local-dir FOLDER"
     raise UserError(f"{problem}; run `{command}`, and set dataset_path to FOLDER")

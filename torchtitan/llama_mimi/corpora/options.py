@@ -28,8 +28,6 @@ class ShardOptions:
     def __post_init__(self) -> None:
         if self.clips_per_shard is not None and self.clips_per_shard < 1:
             raise UserError(f"--clips_per_shard is {self.clips_per_shard}; it must be a positive number")
-        if self.num_workers < 0:
-            raise UserError(f"--num_workers is {self.num_workers}; set --num_workers to 0 or more")
         if not 0 <= self.max_skip_fraction <= 1:
             raise UserError(f"--max_skip_fraction is {self.max_skip_fraction}; it must be a fraction between 0 and 1")
 

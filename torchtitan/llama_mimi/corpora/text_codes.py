@@ -1,6 +1,6 @@
 """Read codes that are stored as text, in one of two layouts.
 
-"tokens": a row is a clip, ``<audio><c_q>...</audio>`` (see `llama_mimi.tokens.vocabulary.text_from_codes`).
+"tokens": a row is a clip, ``<audio><c_q>...</audio>`` (see `llama_mimi.tokens.vocabulary`).
 
 "soda": a row is a recording in SODA's corpora (arXiv 2602.16687), without the spaces and newlines of this example::
 
@@ -23,8 +23,7 @@ import numpy as np
 
 from llama_mimi.audio.mimi import load_codec_config
 from llama_mimi.common.errors import UserError
-from llama_mimi.corpora.clips import HASH_BYTES, SkippedClip
-from llama_mimi.corpora.code_shards import CodedClip
+from llama_mimi.corpora.clips import HASH_BYTES, CodedClip, SkippedClip
 from llama_mimi.corpora.formats import open_source
 from llama_mimi.corpora.options import ImportOptions
 from llama_mimi.corpora.source import Row
@@ -32,20 +31,14 @@ from llama_mimi.corpora.source import Row
 TEXT = r"<\|text_start\|>((?:(?!<\|text_).)*)<\|text_end\|>"
 UTTERANCE = re.compile(TEXT + r"<\|audio_start\|>([^<]*)<\|audio_end\|>", re.DOTALL)
 CLIP = re.compile(r"<audio>((?:<\d{1,9}_\d{1,9}>)*)</audio>")
-Clips = list[tuple[str | None, np.ndarray]]  # transcripts and codes (T, Q)
 
 
 class CodesReader:
-    """Reader that turns rows into clips of codes. It raises a `UserError` if the corpus lacks the column of codes.
-
-    Attributes:
-        splits: True for "soda": a row is a recording with several clips.
-        num_quantizers, codebook_size, sliding_window: properties of the codec that computed the codes.
-    """
+    """Reader that turns rows into clips of codes. It raises a `UserError` if the corpus lacks the column of codes."""
 
     def __init__(self, options: ImportOptions) -> None:
         roles = {"codes": options.codes_column, "text": options.text_column, "speaker": options.speaker_column}
-        self.splits = options.layout == "soda"
+        self.splits = options.layout == "soda"  # a row is a recording with several clips
         if self.splits:  # the id of a recording is stored as the speaker of its utterances
             roles |= {"text": options.codes_column, "speaker": "id"}
         self.source = open_source(options.corpus, None, "", None, roles, options.split)
@@ -85,11 +78,12 @@ class CodesReader:
         codes_N, levels_N = np.array(re.findall(r"\d+", match[1]), dtype=np.int64).reshape(-1, 2).T
         return self._frames(levels_N, codes_N)
 
-    def _parse_recording(self, content: str) -> Clips:
+    def _parse_recording(self, content: str) -> list[tuple[str | None, np.ndarray]]:
+        """Return the transcript and the codes (T, Q) of each utterance."""
         utterances = UTTERANCE.findall(content)
         if not utterances or UTTERANCE.sub("", content) not in ("", "<|begin_of_text|><|end_of_text|>"):
             raise ValueError("its content is not a sequence of transcripts and codes")
-        clips: Clips = []
+        clips = []
         for text, characters in utterances:
             tokens_N = np.frombuffer(characters.encode("utf-32-le"), "<u4").astype(np.int64) - 0xE000
             clips.append((text.strip() or None, self._frames(*np.divmod(tokens_N, self.codebook_size))))

@@ -10,27 +10,24 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from torch.utils.data import IterableDataset, get_worker_info
 from tqdm import tqdm
 
 from llama_mimi.audio.mimi import DTYPES, MimiCodec, codec_hash, whole_frames
 from llama_mimi.audio.reading import RESAMPLER
 from llama_mimi.common import files
-from llama_mimi.common.choices import DEFAULT_CODEC
-from llama_mimi.common.command_line import print_next
 from llama_mimi.common.distributed import DistributedContext, broadcast_from_rank0, distributed_context
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.resume import require_same
 from llama_mimi.common.versions import versions
 from llama_mimi.corpora import code_shards as shards
-from llama_mimi.corpora.clips import MAX_NAMED_CLIPS, AudioReader, SkippedClip, is_too_many, read_in_workers
+from llama_mimi.corpora.clips import MAX_NAMED_CLIPS, AudioReader, CodedClip, SkippedClip, is_too_many, read_in_workers
 from llama_mimi.corpora.formats import CORPORA, open_source
 from llama_mimi.corpora.options import ImportOptions, TokenizationOptions
 from llama_mimi.corpora.source import Source, Unit
@@ -44,7 +41,6 @@ Codec = MimiCodec | CodesReader  # the reader states the properties of the codec
 READER = 3  # version of the rules that skip and filter clips; all shards of a folder must have the same version
 CLIPS_PER_SHARD, MIN_SHARDS = 2048, 64  # defaults: 3 MB per shard for clips of 14 s, and enough shards for many ranks
 ROWS_PER_CHUNK = 100  # rows that a worker reads, and the codec encodes, at once
-SECONDS_PER_REPORT = 10.0
 SHARD_READERS = 16  # number of threads; a remote read is mostly waiting
 # Options that do not change the shards.
 FREE = "corpus dataset_path split output_dir codec num_workers max_skip_fraction".split()
@@ -121,24 +117,7 @@ def tokenize_corpus(options: Options) -> None:
         ranks.wait()
         if ranks.rank == 0:
             write_manifest(options, plan, source.units, jobs)
-            _print_next(options, ranks.world_size)
-
-
-def _print_next(options: Options, num_ranks: int) -> None:
-    """Print a command that trains on the shards."""
-    is_real = not files.is_synthetic(options.codec)
-    print_next(
-        f"torchrun --standalone --nproc_per_node={num_ranks} -m llama_mimi.train",
-        **{
-            "job.config_file": f"config/{'llama3_2_1b_peoples_speech' if is_real else 'tiny'}.toml",
-            "job.dump_folder": f"outputs/{os.path.basename(options.output_dir.rstrip('/'))}",
-            "training.dataset": options.output_dir,
-            "codec.num_quantizers": options.num_quantizers if options.num_quantizers < 4 else None,
-            "codec.name": options.codec if is_real and options.codec != DEFAULT_CODEC else None,
-            "codec.sliding_window": None if options.codec_sliding_window else False,
-            "validation.enable": False if is_real else None,  # the config names another corpus
-        },
-    )
+            print(f"to train on these codes, set --training.dataset {options.output_dir}", flush=True)
 
 
 def _plan(options: Options, source: Source, codec: Codec) -> dict[str, Any]:
@@ -194,45 +173,40 @@ def unfinished(output_dir: str, plan: dict[str, Any], jobs: Sequence[Job]) -> li
     return [replace(job, first_part=len(found)) for job, found, is_done in existing if not is_done]
 
 
-class Chunks(IterableDataset):
-    """Dataset of chunks in order: (shard, number of rows, bytes, clips). Each of n workers yields every n-th chunk.
+def read_chunks(
+    reader: Reader, jobs: Sequence[Job], rows_per_chunk: int, worker: int, num_workers: int
+) -> Iterator[tuple[str | None, int, int, list[Any]]]:
+    """Yield every n-th chunk for one of n workers: (shard, number of rows, bytes, clips).
 
     In the last chunk of a shard, ``shard`` is the name of the shard; in other chunks it is None. In the last chunk of a
     job, ``clips`` is empty.
     """
-
-    def __init__(self, reader: Reader, jobs: Sequence[Job], rows_per_chunk: int) -> None:
-        self._reader, self._jobs, self._rows_per_chunk = reader, jobs, rows_per_chunk
-
-    def __iter__(self) -> Iterator[tuple[str | None, int, int, list[Any]]]:
-        source, info, size = self._reader.source, get_worker_info(), self._rows_per_chunk
-        worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
-        turns: Iterator[bool] = itertools.cycle(number == worker for number in range(num_workers))
-        for job in self._jobs:
-            rows_per_part, bytes_left = job.rows_per_part or sys.maxsize, job.num_bytes
-            row = job.first_part * (job.rows_per_part or 0)
-            for number in job.units:
-                unit, own = source.units[number], turns
-                if unit.num_rows is not None:
-                    bytes_left -= unit.num_bytes
-                    turns_of_unit = [next(turns) for _ in range(0, unit.num_rows, size)]
-                    if not any(turns_of_unit):
-                        continue  # other workers read the unit
-                    own = iter(turns_of_unit)
-                rows = source.rows(number, row if unit.num_rows is None else 0)
-                num_bytes = unit.num_bytes  # counted with the unit's first chunk; in a tar, each chunk is counted
-                while chunk := list(itertools.islice(rows, min(size, rows_per_part - row % rows_per_part))):
-                    row += len(chunk)
-                    if unit.num_rows is None:
-                        num_bytes = sum(len(one.get("audio") or b"") for one in chunk)
-                        bytes_left -= num_bytes
-                    if next(own, False):
-                        part, rest = divmod(row, rows_per_part)
-                        shard = None if rest else job.shard(part - 1, is_end=False)
-                        yield shard, len(chunk), num_bytes, [clip for one in chunk for clip in self._reader.clips(one)]
-                    num_bytes = 0
-            if next(turns):
-                yield job.shard(row // rows_per_part, is_end=True), 0, bytes_left, []
+    turns: Iterator[bool] = itertools.cycle(number == worker for number in range(num_workers))
+    for job in jobs:
+        rows_per_part, bytes_left = job.rows_per_part or sys.maxsize, job.num_bytes
+        row = job.first_part * (job.rows_per_part or 0)
+        for number in job.units:
+            unit, own = reader.source.units[number], turns
+            if unit.num_rows is not None:
+                bytes_left -= unit.num_bytes
+                turns_of_unit = [next(turns) for _ in range(0, unit.num_rows, rows_per_chunk)]
+                if not any(turns_of_unit):
+                    continue  # other workers read the unit
+                own = iter(turns_of_unit)
+            rows = reader.source.rows(number, row if unit.num_rows is None else 0)
+            num_bytes = unit.num_bytes  # counted with the unit's first chunk; in a tar, each chunk is counted
+            while chunk := list(itertools.islice(rows, min(rows_per_chunk, rows_per_part - row % rows_per_part))):
+                row += len(chunk)
+                if unit.num_rows is None:
+                    num_bytes = sum(len(one.get("audio") or b"") for one in chunk)
+                    bytes_left -= num_bytes
+                if next(own, False):
+                    part, rest = divmod(row, rows_per_part)
+                    shard = None if rest else job.shard(part - 1, is_end=False)
+                    yield shard, len(chunk), num_bytes, [clip for one in chunk for clip in reader.clips(one)]
+                num_bytes = 0
+        if next(turns):
+            yield job.shard(row // rows_per_part, is_end=True), 0, bytes_left, []
 
 
 def write_shards(
@@ -243,40 +217,40 @@ def write_shards(
     codec: Codec,
     columns: Sequence[str],
 ) -> None:
-    """Encode the clips of this rank's jobs and write the shards. Rank 0 prints the progress of all ranks."""
+    """Encode the clips of this rank's jobs and write the shards. Rank 0 shows the progress of its jobs."""
     splits = reader.splits  # a row may be hours of audio
     own = sorted(todo, key=lambda job: -job.num_bytes)[ranks.rank :: ranks.world_size]
-    chunks = Chunks(reader, own, 1 if splits else ROWS_PER_CHUNK)
+    read = partial(read_chunks, reader, own, 1 if splits else ROWS_PER_CHUNK)
     workers = {"num_workers": options.num_workers} | ({"prefetch_factor": 1} if splits and options.num_workers else {})
-    total_bytes = sum(job.num_bytes for job in todo)
-    start, last_report = time.monotonic(), 0.0
-    stored: list[shards.CodedClip] = []  # clips of the current shard, from ``shard_rows`` rows
-    bad: list[SkippedClip] = []
-    filtered: Counter[str] = Counter()
+    shown = {"unit": "B", "unit_scale": True, "mininterval": 10.0, "disable": ranks.rank > 0}
+    progress = tqdm(total=sum(job.num_bytes for job in own), desc=f"rank 0 of {ranks.world_size}", **shown)
+    start, seconds = time.monotonic(), 0.0
+    of_shard: list[Any] = []  # clips and skipped clips of the current shard, from ``shard_rows`` rows
     shard_rows = num_read = num_skipped = 0
-    for shard, num_rows, num_bytes, audio in read_in_workers(chunks, **workers):
+    for shard, num_rows, num_bytes, audio in read_in_workers(read, **workers):
         clips = shards.encode_clips(codec, audio) if isinstance(codec, MimiCodec) else audio
-        skipped = [clip for clip in clips if isinstance(clip, SkippedClip)]
-        stored += (coded := [clip for clip in clips if isinstance(clip, shards.CodedClip)])
-        filtered.update(clip.reason for clip in skipped if clip.is_filtered)
-        bad += (new := [clip for clip in skipped if not clip.is_filtered])
-        shard_rows, num_read, num_skipped = shard_rows + num_rows, num_read + len(clips), num_skipped + len(new)
-        if new:
-            _judge(num_skipped, num_read, options.max_skip_fraction, new[-1].message, is_end=False)
+        of_shard += clips
+        bad = [clip for clip in clips if isinstance(clip, SkippedClip) and not clip.is_filtered]
+        shard_rows, num_read, num_skipped = shard_rows + num_rows, num_read + len(clips), num_skipped + len(bad)
+        if bad:
+            _judge(num_skipped, num_read, options.max_skip_fraction, bad[-1].message, is_end=False)
         if shard is not None:
-            notes = {"columns": columns, "rows": shard_rows, "filtered": filtered}
-            notes["skipped"] = [(clip.reason, clip.message) for clip in bad]
+            skipped = [clip for clip in of_shard if isinstance(clip, SkippedClip)]
+            notes = {
+                "columns": columns,
+                "rows": shard_rows,
+                "filtered": Counter(clip.reason for clip in skipped if clip.is_filtered),
+                "skipped": [(clip.reason, clip.message) for clip in skipped if not clip.is_filtered],
+            }
+            stored = [clip for clip in of_shard if isinstance(clip, CodedClip)]
             content = shards.shard_bytes(stored, codec.num_quantizers, notes)
             files.write_atomically(options.output_dir, shard, content)
-            stored, bad, filtered, shard_rows = [], [], Counter(), 0
-        rows_done, bytes_done = ranks.add("rows", num_rows), ranks.add("bytes", num_bytes)
-        hours = ranks.add("milliseconds", sum(round(1000 * clip.seconds) for clip in coded)) / 3.6e6
-        elapsed, is_done = time.monotonic() - start, num_rows == 0 and bytes_done == total_bytes
-        if ranks.rank == 0 and (is_done or elapsed > last_report + SECONDS_PER_REPORT):
-            last_report = elapsed
-            left = timedelta(seconds=round(elapsed / max(1, bytes_done) * (total_bytes - bytes_done)))
-            size, rate = f"{bytes_done / 1e6:,.1f} of {total_bytes / 1e6:,.1f} MB", 3600 * hours / elapsed
-            print(f"{rows_done:,} rows, {size}, {hours:.2f} h, {rate:,.1f} audio-s/s, time left: {left}", flush=True)
+            of_shard, shard_rows = [], 0
+        seconds += sum(clip.seconds for clip in clips if isinstance(clip, CodedClip))
+        speed = seconds / (time.monotonic() - start)
+        progress.set_postfix_str(f"{num_read:,} clips, {seconds / 3600:.2f} h, {speed:,.1f} audio-s/s", refresh=False)
+        progress.update(num_bytes)
+    progress.close()
 
 
 def _judge(num_skipped: int, num_read: int, limit: float, last: str, *, is_end: bool) -> None:

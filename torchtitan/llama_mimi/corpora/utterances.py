@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from llama_mimi.common.errors import UserError
-from llama_mimi.corpora.clips import SkippedClip
-from llama_mimi.corpora.code_shards import CodeCorpus, CodedClip
+from llama_mimi.corpora.clips import CodedClip, SkippedClip
+from llama_mimi.corpora.code_shards import CodeCorpus
 from llama_mimi.corpora.source import Row
 
 CLIPS_PER_BLOCK = 16  # maximum number of consecutive utterances

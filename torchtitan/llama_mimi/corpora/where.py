@@ -16,15 +16,11 @@ OPERATORS[ast.NotIn] = lambda value, values: not OPERATORS[ast.In](value, values
 
 
 class RowFilter:
-    """Limits on the length of a clip, and an expression such as ``language == "en" and dnsmos >= 3``.
-
-    Attributes:
-        columns: columns in the expression, as a dict from the role in a source to the name of the column.
-    """
+    """Limits on the length of a clip, and an expression such as ``language == "en" and dnsmos >= 3``."""
 
     def __init__(self, min_seconds: float = 0.0, max_seconds: float | None = None, where: str | None = None) -> None:
         self._min_seconds, self._max_seconds, self._where = min_seconds, max_seconds, where
-        self.columns: dict[str, str] = {}
+        self.columns: dict[str, str] = {}  # columns in the expression, by their role in a source
         if where is None:
             return
         try:

@@ -9,10 +9,9 @@ from torchtitan.tools.utils import device_type
 from llama_mimi.audio.mimi import DTYPES, MimiCodec, load_codec_config, whole_frames
 from llama_mimi.common.choices import Task
 from llama_mimi.common.errors import UserError
-from llama_mimi.corpora.clips import AudioReader
+from llama_mimi.corpora.clips import AudioReader, TextCorpus
 from llama_mimi.corpora.code_shards import CodeCorpus, is_store, read_manifest
 from llama_mimi.corpora.formats import open_source
-from llama_mimi.corpora.texts import TextCorpus
 from llama_mimi.corpora.utterances import UtteranceCorpus
 from llama_mimi.data.dataloader import ClipOrder, DataMeter, SpeechDataLoader
 from llama_mimi.data.order import RowsInOrder, ShuffledOrder, Stream

@@ -6,11 +6,11 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import numpy as np
-from torch.utils.data import get_worker_info
 from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.tools.logging import logger
 
@@ -31,33 +31,26 @@ MIN_CHUNK = 8  # minimum number of clips that a worker reads, and the codec enco
 ClipOrder = ShuffledOrder | RowsInOrder
 
 
-@dataclass
-class ClipStream:
-    """Dataset of chunks: lists of consecutive pairs (position, clip). Each of n workers reads every n-th chunk.
+def read_chunks(
+    streams: Sequence[Stream], order: ClipOrder, chunk_size: int, worker: int, num_workers: int
+) -> Iterator[list[tuple[ClipRef, Any]]]:
+    """Yield every n-th chunk for one of n workers. A chunk is a list of consecutive pairs (position, clip).
 
     A worker reads all units that contain rows of its chunks; these are often all units of a window. So the decoding of
     audio is divided among the workers, but each worker reads most of the files.
     """
-
-    streams: Sequence[Stream]
-    order: ClipOrder
-    chunk_size: int
-
-    def __iter__(self) -> Iterator[list[tuple[ClipRef, Any]]]:
-        worker = get_worker_info()
-        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        units: dict[tuple[int, int, int], Sequence[Any]] = {}  # rows of the current window of each stream
-        refs = iter(self.order)
-        chunks = iter(lambda: list(islice(refs, self.chunk_size)), [])
-        for chunk in islice(chunks, first, None, step):
-            clips: list[tuple[ClipRef, Any]] = []
-            for ref in chunk:
-                reader, key = self.streams[ref.stream].reader, ref[:3]
-                if key not in units:
-                    units = {k: rows for k, rows in units.items() if k[0] != ref.stream or k[1] == ref.window}
-                    units[key] = reader.read(ref.unit)
-                clips += [(ref, clip) for clip in reader.clips(units[key][ref.row])]
-            yield clips
+    units: dict[tuple[int, int, int], Sequence[Any]] = {}  # rows of the current window of each stream
+    refs = iter(order)
+    chunks = iter(lambda: list(islice(refs, chunk_size)), [])
+    for chunk in islice(chunks, worker, None, num_workers):
+        clips: list[tuple[ClipRef, Any]] = []
+        for ref in chunk:
+            reader, key = streams[ref.stream].reader, ref[:3]
+            if key not in units:
+                units = {k: rows for k, rows in units.items() if k[0] != ref.stream or k[1] == ref.window}
+                units[key] = reader.read(ref.unit)
+            clips += [(ref, clip) for clip in reader.clips(units[key][ref.row])]
+        yield clips
 
 
 @dataclass
@@ -116,12 +109,12 @@ class SpeechDataLoader(BaseDataLoader):
                 if packer.is_full or unit == begun:
                     yield self._next_batch()
         self._judge(is_end=True)
-        if not packer.is_empty:
+        if packer.num_used:
             yield self._next_batch()
 
     def empty_batch(self) -> Batch:
         """Return a batch of padding, for a rank that has used all its clips while other ranks still have clips."""
-        assert self.packer.is_empty
+        assert not self.packer.num_used
         return self.packer.pop()
 
     def state_dict(self) -> dict[str, Any]:
@@ -149,8 +142,8 @@ class SpeechDataLoader(BaseDataLoader):
 
     def _clips(self) -> Iterator[tuple[ClipRef, Any]]:
         """Yield the clips as codes (or texts, or utterances), with their positions."""
-        stream = ClipStream(self.streams, self.order, max(self.packer.batch_size, MIN_CHUNK))
-        for chunk in read_in_workers(stream, **self.workers):
+        read = partial(read_chunks, self.streams, self.order, max(self.packer.batch_size, MIN_CHUNK))
+        for chunk in read_in_workers(read, **self.workers):
             refs, clips = [ref for ref, _ in chunk], [clip for _, clip in chunk]
             if self.codec is not None:
                 start = time.perf_counter()

@@ -2,19 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
 
 from llama_mimi.common.choices import Task
-from llama_mimi.corpora.code_shards import CodedClip
-from llama_mimi.corpora.texts import TextClip
+from llama_mimi.corpora.clips import CodedClip
 from llama_mimi.corpora.utterances import Utterances
 from llama_mimi.tokens.tokenizer import IGNORE_INDEX, NO_TOKEN, SpeechTokenizer
 from llama_mimi.tokens.vocabulary import text_ids
 
-Encoded = CodedClip | TextClip | Utterances
+Encoded = CodedClip | Utterances
 
 
 @dataclass(frozen=True)
@@ -42,17 +40,13 @@ class ExampleBuilder:
         self._bos_1W = self._rows([tokenizer.text_tokenizer.bos_token_id])
         self._start_1W = self._rows([tokenizer.vocabulary.audio_start_id])
 
-    @cached_property
-    def _newline_NW(self) -> np.ndarray:
-        return self._text("\n")
-
     def build(self, task: Task, clip: Encoded, *, starts_with_text: bool = False) -> Example:
         """Build an example. ``starts_with_text``: the first of several utterances is a text (task "interleaved")."""
         if isinstance(clip, Utterances):
             return self._interleave(clip, starts_with_text)
         text_NW = self._rows([]) if task == "audio" else self._text(clip.text or "")
-        if isinstance(clip, TextClip):
-            ids_NW = np.concatenate([text_NW, self._eos()]) if clip.text.strip() else text_NW[:0]
+        if task == "text":
+            ids_NW = np.concatenate([text_NW, self._eos()]) if (clip.text or "").strip() else text_NW[:0]
             return Example(self._bos_1W, ids_NW, _labels(ids_NW), np.arange(1, len(ids_NW) + 1))
         audio_NW, num_frames = self._audio(clip), len(clip.codes_TQ)
         if task == "asr":
@@ -67,6 +61,7 @@ class ExampleBuilder:
         return Example(prefix_NW, audio_NW, _labels(audio_NW), ends_U, is_whole=task == "tts")
 
     def _interleave(self, utterances: Utterances, starts_with_text: bool) -> Example:
+        newline_NW = self._text("\n")
         ids: list[np.ndarray] = []
         ends: list[int] = []
         breaks: list[int] = []
@@ -75,7 +70,7 @@ class ExampleBuilder:
             for number, clip in enumerate(run):
                 is_text = starts_with_text == (number % 2 == 0)
                 ids += [self._text(clip.text or "")] if is_text else [self._start_1W, self._audio(clip)]
-                ids.append(self._newline_NW)
+                ids.append(newline_NW)
                 if number % 2 or number == len(run) - 1:
                     ends.append(sum(map(len, ids)))
         ids_NW = np.concatenate(ids)

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llama_mimi.common.choices import Task
-from llama_mimi.corpora.clips import AudioReader
+from llama_mimi.corpora.clips import AudioReader, TextCorpus
 from llama_mimi.corpora.code_shards import CodeCorpus
-from llama_mimi.corpora.texts import TextCorpus
 from llama_mimi.corpora.utterances import CLIPS_PER_BLOCK, UtteranceCorpus
 
 
@@ -118,10 +117,9 @@ class ShuffledOrder:
     seed: int
 
     def __post_init__(self) -> None:
-        self.fingerprint: dict[str, Any]
         tasks, readers = zip(*self.streams, strict=True)
         corpora, window, seed = [reader.fingerprint for reader in readers], self.shuffle_window, self.seed
-        self.fingerprint = {"corpora": corpora, "shuffle_window": window, "seed": seed}
+        self.fingerprint: dict[str, Any] = {"corpora": corpora, "shuffle_window": window, "seed": seed}
         if set(tasks) != {"audio"}:
             self.fingerprint["tasks"] = list(tasks)
         self._orders = []
@@ -178,9 +176,8 @@ class RowsInOrder:
         for number, stream in enumerate(self.streams):
             units = enumerate(stream.reader.rows_per_unit.tolist())
             rows = (ClipRef(number, unit, unit, row) for unit, size in units for row in range(size))
-            yield from itertools.islice(
-                rows, self.dp_rank, None if self.limit == -1 else self.limit, self.dp_world_size
-            )
+            stop = None if self.limit == -1 else self.limit
+            yield from itertools.islice(rows, self.dp_rank, stop, self.dp_world_size)
 
 
 def reshard(positions: Sequence[Position], dp_world_size: int) -> list[Position]:

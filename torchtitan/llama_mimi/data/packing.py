@@ -44,10 +44,6 @@ class BatchPacker:
         return sum(self._used_B)
 
     @property
-    def is_empty(self) -> bool:
-        return not self.num_used
-
-    @property
     def is_full(self) -> bool:
         return min(self._used_B) == self._seq_len
 

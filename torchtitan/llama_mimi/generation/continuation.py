@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -45,15 +45,6 @@ def settings_note(model: SpeechModel, options: SamplingOptions) -> str:
     return f"the decoder runs in {model.dtype} on {model.device}{defaults}"
 
 
-def print_cut_prompts(model: SpeechModel, options: SamplingOptions, num_frames: Iterable[int]) -> None:
-    """Print how many prompts leave no space in the model's context; ``num_frames`` are the prompts' lengths."""
-    window, rate_hz = for_model(options, model).window_frames, model.codec.frame_rate_hz
-    if number := sum(frames >= window for frames in num_frames):
-        seen = f"the first {window // 4 / rate_hz:.1f} s and the last {window // 2 / rate_hz:.1f} s"
-        problem = f"prompts that fill the model's context of {window / rate_hz:.1f} s: {number:,}"
-        print(f"{problem}; the model sees only {seen} of each of these prompts", flush=True)
-
-
 def read_prompt(path: str, codec: MimiCodec | None = None) -> Waveform:
     """Read a prompt of up to `MAX_PROMPT_SECONDS`; with a codec, resample the prompt and require at least one frame."""
     rate_hz, min_samples = (codec.sample_rate_hz, codec.frame_size) if codec else (None, 1)
@@ -76,24 +67,24 @@ def continue_codes(
 ) -> list[torch.Tensor]:
     """Continue a prompt ``options.num_samples`` times; return the codes_TQ of each sample, including the prompt."""
     requests = [Request(prompt_TQ, options.seed + number, text) for number in range(options.num_samples)]
-    sampling = for_model(options, model)
-    drawn = decode(model, requests, sampling, min(ROWS, options.num_samples))
-    drawn = with_progress(drawn, len(requests), sampling.max_frames, model.codec.frame_rate_hz)
+    drawn = decode_with_bar(model, requests, options, min(ROWS, options.num_samples))
     new = {number: new_TQ for number, new_TQ, *_ in finished(drawn, model.codec.num_quantizers)}
     return [torch.cat([prompt_TQ, new[number]]) for number in range(options.num_samples)]
 
 
-def with_progress(drawn: Drawn, num_samples: int, max_frames: int, frame_rate_hz: float) -> Drawn:
+def decode_with_bar(model: SpeechModel, requests: Sequence[Request], options: SamplingOptions, num_rows: int) -> Drawn:
     """Yield the items of `decode`, and show the seconds of new audio and the time left.
 
     The time left assumes the maximum length for every sample. When a sample ends earlier, the shown total decreases.
     """
-    num_new, bar = [0] * num_samples, "{desc}: {n:.1f} of {total:.1f} s [{elapsed}, left: {remaining}]"
-    shown: dict[str, Any] = {"desc": "new audio", "unit_scale": 1 / frame_rate_hz, "bar_format": bar, "leave": None}
-    with tqdm(total=num_samples * max_frames, disable=not is_first_rank(), delay=1, mininterval=1, **shown) as progress:
-        for number, new in drawn:
+    sampling, num_new = for_model(options, model), [0] * len(requests)
+    shown: dict[str, Any] = {"desc": "new audio", "unit_scale": 1 / model.codec.frame_rate_hz, "leave": None}
+    shown["bar_format"] = "{desc}: {n:.1f} of {total:.1f} s [{elapsed}, left: {remaining}]"
+    total = len(requests) * sampling.max_frames
+    with tqdm(total=total, disable=not is_first_rank(), delay=1, mininterval=1, **shown) as progress:
+        for number, new in decode(model, requests, sampling, num_rows):
             if isinstance(new, FinishReason):
-                progress.total -= max_frames - num_new[number]
+                progress.total -= sampling.max_frames - num_new[number]
             else:
                 num_new[number] += 1
                 progress.update()

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 
 import torch
@@ -55,21 +55,22 @@ class _Row:
         self.context = list(self.request.prompt_TQ)  # the frames (Q,) that the model sees
 
 
+@torch.inference_mode()
 def decode(model: SpeechModel, requests: Sequence[Request], sampling: Sampling, num_rows: int) -> Drawn:
     """Draw samples in batches of ``num_rows``; when a sample ends, the next request takes its place in the batch.
 
     When the window is full, only the start of the prompt (up to a quarter of the window) and the last half of the
     window are kept. Position indices are therefore never larger than in training.
 
-    Returns:
-        An iterator that yields ``(request index, next frame (Q,) on the CPU)`` and, at the end of a sample,
-        ``(request index, FinishReason)``. The iterator raises a `UserError` if the logits are not finite.
+    Yields:
+        ``(request index, next frame (Q,) on the CPU)`` and, at the end of a sample, ``(request index, FinishReason)``.
 
     Raises:
-        UserError: the window does not fit into the model's context, or the model was not trained on the task.
+        UserError: the window does not fit into the model's context, the model was not trained on the task, or the
+            logits are not finite.
     """
     if not requests:
-        return iter(())
+        return
     model.require_speech(any(request.text is not None for request in requests))
     window = min(sampling.window_frames, sampling.max_frames + max(len(request.prompt_TQ) for request in requests))
     longest_prefix = max(len(model.tokenizer.prefix_ids(request.text)) for request in requests)
@@ -80,12 +81,7 @@ def decode(model: SpeechModel, requests: Sequence[Request], sampling: Sampling, 
         raise UserError(f"{problem}, more than the model's context of {context:,}; reduce --window_seconds")
     if model.device.type == "cpu":
         num_rows = min(num_rows, len(requests))  # on a GPU, each number of rows needs a separate CUDA graph
-    return _decode(model, requests, replace(sampling, window_frames=window), num_rows, capacity)
-
-
-@torch.inference_mode()
-def _decode(model: SpeechModel, requests: Sequence[Request], sampling: Sampling, num_rows: int, capacity: int) -> Drawn:
-    Q, window = model.codec.num_quantizers, sampling.window_frames
+    Q = model.codec.num_quantizers
     rows: list[_Row | None] = [None] * num_rows
     waiting = deque(enumerate(requests))
     is_finite = torch.tensor(True)  # set by `draw` at level 0
@@ -112,11 +108,9 @@ def _decode(model: SpeechModel, requests: Sequence[Request], sampling: Sampling,
                     frames_TQ = torch.stack(row.context) if row.context else prompt_TQ
                     inputs[place] = model.embed(model.tokenizer.encode(frames_TQ, is_cut=True, text=row.request.text))
             contexts.prefill(inputs)
-            uniform_BQ = torch.stack(
-                [torch.rand(Q, generator=row.generator) if row else torch.zeros(Q) for row in rows]
-            )
-            may_end_B = torch.tensor([row is None or row.num_new >= sampling.min_frames for row in rows])
-            uniform_BQ, may_end_B = uniform_BQ.to(model.device), may_end_B.to(model.device)
+            drawn = [torch.rand(Q, generator=row.generator) if row else torch.zeros(Q) for row in rows]
+            may_end = [row is None or row.num_new >= sampling.min_frames for row in rows]
+            uniform_BQ, may_end_B = torch.stack(drawn).to(model.device), torch.tensor(may_end, device=model.device)
             entries_BQ = model.next_frame(caches, draw).cpu()  # the loop waits for the device once per frame
             model.require_finite(is_finite)
             for place, (row, entries_Q) in enumerate(zip(rows, entries_BQ, strict=True)):

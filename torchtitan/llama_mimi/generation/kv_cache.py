@@ -30,10 +30,7 @@ def product(weight_ND: torch.Tensor, rows_BD: torch.Tensor) -> torch.Tensor:
 
 
 def quantize_layers(backbone: PreTrainedModel) -> None:
-    """Add int8 weights to the linear layers. On a CPU, a step uses the int8 weights; `BatchedKVCache.prefill` does not.
-
-    To get an int8 weight, divide the float weight by the scale of its output, and round the result.
-    """
+    """Add int8 weights to the linear layers, for steps on a CPU. `BatchedKVCache.prefill` uses the float weights."""
     for linear in backbone.layers.modules():
         if isinstance(linear, nn.Linear):
             weight_ND = linear.weight.detach().float()
@@ -84,20 +81,19 @@ class BatchedKVCache:
         """Replace the contexts of some rows; ``inputs`` contains the embeddings (L, D) of each new context."""
         rows, ratio = list(inputs), PREFILL_RATIOS.get(self._lengths_B.device.type, math.inf)
         for batch in bucket_by_length([len(inputs[row]) for row in rows], PREFILL_POSITIONS, ratio):
-            self._prefill({rows[index]: inputs[rows[index]] for index in batch})
-
-    def _prefill(self, inputs: Mapping[int, torch.Tensor]) -> None:
-        lengths = {row: len(inputs_LD) for row, inputs_LD in inputs.items()}
-        longest, cache = max(lengths.values()), DynamicCache(config=self._backbone.config)
-        assert 0 < min(lengths.values()) and longest <= self._capacity
-        padded_NLD = nn.utils.rnn.pad_sequence(list(inputs.values()), batch_first=True)  # right padding has no effect
-        hidden_NLD = self._backbone(inputs_embeds=padded_NLD, past_key_values=cache, use_cache=True).last_hidden_state
-        rows_N, lengths_N = torch.tensor([[*lengths], [*lengths.values()]], device=padded_NLD.device)
-        for keys, values, layer in zip(self._keys, self._values, cache.layers, strict=True):
-            keys[rows_N, :, :longest], values[rows_N, :, :longest] = layer.keys, layer.values
-        self.hidden_BD[rows_N] = hidden_NLD[torch.arange(len(inputs), device=padded_NLD.device), lengths_N - 1]
-        self._lengths_B[rows_N], self._growth_B[rows_N] = lengths_N, 1
-        self._lengths |= lengths
+            lengths = {rows[index]: len(inputs[rows[index]]) for index in batch}
+            longest, cache = max(lengths.values()), DynamicCache(config=self._backbone.config)
+            assert 0 < min(lengths.values()) and longest <= self._capacity
+            # Right padding has no effect.
+            padded_NLD = nn.utils.rnn.pad_sequence([inputs[row] for row in lengths], batch_first=True)
+            output = self._backbone(inputs_embeds=padded_NLD, past_key_values=cache, use_cache=True)
+            rows_N, lengths_N = torch.tensor([[*lengths], [*lengths.values()]], device=padded_NLD.device)
+            for keys, values, layer in zip(self._keys, self._values, cache.layers, strict=True):
+                keys[rows_N, :, :longest], values[rows_N, :, :longest] = layer.keys, layer.values
+            places_N = torch.arange(len(lengths), device=padded_NLD.device)
+            self.hidden_BD[rows_N] = output.last_hidden_state[places_N, lengths_N - 1]
+            self._lengths_B[rows_N], self._growth_B[rows_N] = lengths_N, 1
+            self._lengths |= lengths
 
     def reset(self, row: int) -> None:
         """Mark a row as unused until the next `prefill`."""

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer, CsmForConditionalGeneration, LlamaForCausalLM
 
-from llama_mimi.audio.mimi import MimiCodec, has_sliding_window, local_codec
+from llama_mimi.audio.mimi import MimiCodec, local_codec
 from llama_mimi.common.choices import DEFAULT_CODEC, Architecture, GenerationPrecision
 from llama_mimi.common.cpu import available_device
 from llama_mimi.common.errors import UserError
@@ -33,11 +33,8 @@ def load_speech_model(
 ) -> SpeechModel:
     """Load a checkpoint; raise a `UserError` if files are missing, or if decoder, tokenizer and codec do not match.
 
-    Args:
-        codec_name: hub id or folder of the codec; default: the codec in the checkpoint's config, else `DEFAULT_CODEC`.
-        sliding_window: True to run the codec with sliding-window attention; default: the setting used in training.
-        dtype: precision of the decoder; default: bfloat16 on a GPU, float32 on a CPU. With "int8", the model reads the
-            prompt in bfloat16, and generates with int8 weights. The codec always runs in float32.
+    The arguments are flags of inference.py. With the ``dtype`` "int8", the model reads prompts in bfloat16,
+    and generates with int8 weights. The codec always runs in float32.
     """
     place = available_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     config = load_pretrained(AutoConfig, model_name, what="model")
@@ -55,9 +52,10 @@ def load_speech_model(
         problem = f"the config of '{model_name}' lacks num_quantizers, so the model is not a speech language model"
         raise UserError(f"{problem}; convert a training checkpoint with scripts/convert_dcp_to_hf.py")
     named = getattr(decoder.config, "codec", None) or DEFAULT_CODEC
-    window = has_sliding_window(decoder.config) if sliding_window is None else sliding_window
+    if sliding_window is None:
+        sliding_window = getattr(decoder.config, "codec_sliding_window", False)  # missing in the first release
     codec_name = codec_name or local_codec(named, model_name) or named
-    codec = MimiCodec(codec_name, num_quantizers, place, sliding_window=window)
+    codec = MimiCodec(codec_name, num_quantizers, place, sliding_window=sliding_window)
     text_tokenizer = load_pretrained(AutoTokenizer, model_name, what="tokenizer")
     tokenizer = SpeechTokenizer(*extend_tokenizer(text_tokenizer, codec.codebook_size, num_quantizers), architecture)
     rows = getattr(decoder.config, "text_vocab_size", decoder.config.vocab_size)

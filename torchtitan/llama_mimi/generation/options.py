@@ -45,9 +45,8 @@ class SamplingOptions:
             if value is not None and not low <= value <= high:
                 raise UserError(f"--{name} is {value}; choose a value from {low:g} to {high:g}")
         if self.min_seconds > self.seconds:
-            raise UserError(
-                f"--min_seconds is {self.min_seconds:g}, but --seconds is {self.seconds:g}; increase --seconds"
-            )
+            problem = f"--min_seconds is {self.min_seconds:g}, but --seconds is {self.seconds:g}"
+            raise UserError(f"{problem}; increase --seconds")
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class InferenceOptions:
     device: str | None = None  # torch device; default: the GPU if there is one, else the CPU
     # precision of the decoder; 'int8' is for CPUs; default: bfloat16 on a GPU, float32 on a CPU
     dtype: GenerationPrecision | None = None
-    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)  # length and randomness of continuations
 
     def __post_init__(self) -> None:
         file, num_rows, text = self.output_file, self.batch_size, self.text or ""

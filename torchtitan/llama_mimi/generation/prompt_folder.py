@@ -16,20 +16,14 @@ from llama_mimi.audio.mimi import codec_hash
 from llama_mimi.audio.reading import AUDIO_ENDINGS, AudioError, Waveform, write_wav
 from llama_mimi.audio.streaming import decode_long
 from llama_mimi.common.distributed import DistributedContext, broadcast_from_rank0
-from llama_mimi.common.errors import UserError, first_line
+from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import as_utf8, find_files, read_json, write_atomically
 from llama_mimi.common.hub import weights_sha256
 from llama_mimi.common.resume import ProgressLog, map_resumable, require_same
 from llama_mimi.common.versions import versions
-from llama_mimi.generation.continuation import (
-    encode_prompts,
-    finished,
-    for_model,
-    print_cut_prompts,
-    read_prompt,
-    with_progress,
-)
-from llama_mimi.generation.decoding import FinishReason, Request, decode
+from llama_mimi.corpora.source import reading
+from llama_mimi.generation.continuation import decode_with_bar, encode_prompts, finished, for_model, read_prompt
+from llama_mimi.generation.decoding import FinishReason, Request
 from llama_mimi.generation.options import SamplingOptions
 from llama_mimi.generation.speech_model import SpeechModel
 from llama_mimi.generation.transcription import transcribe
@@ -67,10 +61,8 @@ def find_prompts(folder: Path, output_dir: Path) -> list[Prompt]:
 
 def read_texts(path: Path) -> list[Prompt]:
     """Return the lines of a file, which are named by their numbers. Empty lines are skipped."""
-    try:
+    with reading(str(path), "text file in UTF-8"):
         lines = path.read_text("utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"'{path}' is not readable as UTF-8 ({first_line(error)}); choose a text file") from error
     return [Prompt(f"{number:06}", text=line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
 
 
@@ -86,17 +78,14 @@ def draw_samples(
 ) -> list[Record]:
     """Continue or speak each prompt ``options.num_samples`` times, or transcribe it. Earlier samples are kept.
 
-    ``num_rows`` is the batch size; ``made_by`` is the result of `describe_model`. The function writes
-    ``<prompt>_<sample>.wav`` or ``<prompt>.txt``, ``settings.json`` and, at the end, ``results.jsonl`` to
-    ``output_dir``.
+    The function writes ``<prompt>_<sample>.wav`` or ``<prompt>.txt``, ``settings.json`` and, at the end,
+    ``results.jsonl`` to ``output_dir``. It returns the records of ``results.jsonl``, on every rank. If a prompt cannot
+    be read, the records of its samples contain an ``error``. A `UserError` is raised if the model was not trained on
+    the task, two prompts have the same name, or ``settings.json`` contains other settings.
 
-    Returns:
-        The records of ``results.jsonl``, on every rank. If a prompt cannot be read, the records of its samples contain
-        an ``error``.
-
-    Raises:
-        UserError: the model was not trained on the task, two prompts have the same name, or ``settings.json`` contains
-            other settings.
+    Args:
+        num_rows: number of samples in a batch.
+        made_by: result of `describe_model`.
     """
     if transcribes:
         model.require_task("transcription", "asr")
@@ -117,10 +106,8 @@ def draw_samples(
             compared = {key: value for key, value in settings.items() if key not in NOT_COMPARED}
             require_same({"transcribes": False, **earlier}, compared, f"'{output_dir}'", "choose another --output_dir")
         if (results := output_dir / RESULTS).exists():  # copy the records of a finished run back to the log
-            try:
+            with reading(str(results), "results file"):
                 log.add({record["file"]: record for record in map(json.loads, results.read_text().splitlines())})
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"'{results}' is not a results file ({first_line(error)}); remove the file") from error
             results.unlink()
         return samples
 
@@ -135,19 +122,10 @@ def draw_samples(
     work = partial(_complete_group, model, output_dir, options, num_rows, transcribes)
     records = list(map_resumable(groups, work, log, ranks, unit="sample", is_done=is_done).values())
     if ranks.rank == 0:
-        if not transcribes:
-            num_frames = {record["prompt"]: record.get("prompt_frames", 0) for record in records}
-            print_cut_prompts(model, options, num_frames.values())
         write_atomically(str(output_dir), RESULTS, "".join(json.dumps(record) + "\n" for record in records).encode())
         log.close()
     ranks.wait()
     return records
-
-
-def without_new_audio(records: Sequence[Mapping[str, Any]]) -> str:
-    """Return a clause with the number of samples without new audio, or "" if every sample has new audio."""
-    number = sum(record.get("frames") == 0 for record in records)
-    return f"; samples without new audio, because the model ended at once: {number:,}" if number else ""
 
 
 def describe_model(model_name: str, model: SpeechModel) -> Record:
@@ -190,33 +168,31 @@ def _complete_group(
     group: Mapping[str, Sample],
 ) -> Iterator[tuple[str, Record]]:
     codec = model.codec
-    waveforms: dict[Path, Waveform] = {}
+    waveforms: dict[Path | None, Waveform] = {}
     for path in dict.fromkeys(prompt.path for prompt, _ in group.values() if prompt.path):
         try:
             waveforms[path] = read_prompt(str(path), codec)
         except AudioError as error:
-            text = as_utf8(str(error))
-            yield from ((file, {**record, "error": text}) for file, (p, record) in group.items() if p.path == path)
+            problem = as_utf8(str(error))
+            yield from ((file, {**record, "error": problem}) for file, (p, record) in group.items() if p.path == path)
     codes = dict(zip(waveforms, encode_prompts(model, list(waveforms.values()), options), strict=True))
+    codes[None] = torch.zeros(0, codec.num_quantizers, dtype=torch.long)  # only a text
     usable: list[tuple[str, Record]] = []
     requests: list[Request] = []
     for file, (prompt, record) in group.items():
-        if prompt.path is None or prompt.path in codes:
-            prompt_TQ, warnings = torch.zeros(0, codec.num_quantizers, dtype=torch.long), list[str]()
-            if prompt.path is not None:
-                prompt_TQ, warnings = codes[prompt.path], list(waveforms[prompt.path].audio_warnings)
+        if prompt.path in codes:
+            prompt_TQ, waveform = codes[prompt.path], waveforms.get(prompt.path)
+            warnings = list(waveform.audio_warnings) if waveform else []
             usable.append((file, record | {"prompt_frames": len(prompt_TQ), "audio_warnings": warnings}))
             requests.append(Request(prompt_TQ, record["seed"], prompt.text))
     if transcribes:
         transcripts = transcribe(model, [request.prompt_TQ for request in requests], num_rows)
-        for (file, record), transcript in zip(usable, transcripts, strict=True):
-            path, end = output_dir / file, FinishReason.LENGTH if transcript.is_cut else FinishReason.EOS
-            write_atomically(str(path.parent), path.name, f"{transcript.text}\n".encode())
-            yield file, record | {"transcript": transcript.text, "end": end.value}
+        for (file, record), (text, is_cut) in zip(usable, transcripts, strict=True):
+            path, end = output_dir / file, FinishReason.LENGTH if is_cut else FinishReason.EOS
+            write_atomically(str(path.parent), path.name, f"{text}\n".encode())
+            yield file, record | {"transcript": text, "end": end.value}
         return
-    sampling = for_model(options, model)
-    drawn = decode(model, requests, sampling, num_rows)
-    drawn = with_progress(drawn, len(requests), sampling.max_frames, codec.frame_rate_hz)
+    drawn = decode_with_bar(model, requests, options, num_rows)
     for number, new_TQ, end, began in finished(drawn, codec.num_quantizers):
         (file, record), codes_TQ = usable[number], torch.cat([requests[number].prompt_TQ, new_TQ])
         samples_S = decode_long(codec, codes_TQ) if len(codes_TQ) else torch.zeros(0)

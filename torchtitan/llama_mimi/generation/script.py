@@ -16,24 +16,15 @@ from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import is_synthetic
 from llama_mimi.generation.continuation import (
     continue_codes,
+    decode_with_bar,
     encode_prompts,
-    for_model,
-    print_cut_prompts,
     read_prompt,
     settings_note,
-    with_progress,
 )
-from llama_mimi.generation.decoding import Drawn, Request, decode
+from llama_mimi.generation.decoding import Drawn, Request
 from llama_mimi.generation.loading import load_speech_model
 from llama_mimi.generation.options import InferenceOptions
-from llama_mimi.generation.prompt_folder import (
-    RESULTS,
-    describe_model,
-    draw_samples,
-    find_prompts,
-    read_texts,
-    without_new_audio,
-)
+from llama_mimi.generation.prompt_folder import RESULTS, describe_model, draw_samples, find_prompts, read_texts
 from llama_mimi.generation.speech_model import SpeechModel
 from llama_mimi.generation.transcription import transcribe
 
@@ -57,10 +48,10 @@ def run_inference(options: InferenceOptions) -> None:
         if (output_dir := options.output_dir) is None:
             if ranks.rank == 0 and options.transcribe is not None:
                 waveform = read_prompt(str(options.transcribe), model.codec)
-                (transcript,) = transcribe(model, encode_prompts(model, [waveform], sampling), 1)
-                if transcript.is_cut:
+                ((text, is_cut),) = transcribe(model, encode_prompts(model, [waveform], sampling), 1)
+                if is_cut:
                     print("the transcript is incomplete, because it reached its maximum length", file=sys.stderr)
-                print(transcript.text)
+                print(text)
             elif ranks.rank == 0:
                 _continue_prompt(model, options, files)
                 data_dir = "assets/tiny/benchmarks/salmon" if is_synthetic(model.codec.name) else None
@@ -75,8 +66,7 @@ def run_inference(options: InferenceOptions) -> None:
         records = draw_samples(model, prompts, output_dir, sampling, num_rows, ranks, made_by, transcribes)
     if ranks.rank == 0:
         failed = [record["error"] for record in records if "error" in record]
-        results = f"{len(records) - len(failed):,} results are in {output_dir}{without_new_audio(records)}"
-        print(f"{results}; see {output_dir / RESULTS}")
+        print(f"{len(records) - len(failed):,} results are in {output_dir}; see {output_dir / RESULTS}")
         if failed:
             raise UserError(f"{len(failed):,} inputs failed; the first error: {failed[0]}")
 
@@ -86,11 +76,8 @@ def _continue_prompt(model: SpeechModel, options: InferenceOptions, files: list[
     prompt_TQ = torch.zeros(0, codec.num_quantizers, dtype=torch.long)
     if options.prompt is not None:
         (prompt_TQ,) = encode_prompts(model, [read_prompt(options.prompt, codec)], sampling)
-    print_cut_prompts(model, sampling, [len(prompt_TQ)])
     if options.stream:
-        own = for_model(sampling, model)
-        drawn = decode(model, [Request(prompt_TQ, sampling.seed, options.text)], own, 1)
-        drawn = with_progress(drawn, 1, own.max_frames, codec.frame_rate_hz)
+        drawn = decode_with_bar(model, [Request(prompt_TQ, sampling.seed, options.text)], sampling, 1)
         samples = [_stream(codec, prompt_TQ, drawn, files[0])]
     else:
         samples = continue_codes(model, prompt_TQ, sampling, options.text)

@@ -3,14 +3,13 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from llama_mimi.audio.mimi import DTYPES, MimiCodec, is_released
+from llama_mimi.audio.mimi import DTYPES, MimiCodec
 from llama_mimi.common.choices import AUDIO_TARGETS, LastFrame, Task
 from llama_mimi.common.errors import UserError
 from llama_mimi.generation.kv_cache import BatchedKVCache
@@ -33,6 +32,8 @@ class SpeechModel(ABC):
     codec: MimiCodec
     top_p: float = 1.0
     is_int8: bool = False
+    # Caches for reuse, by number of rows and capacity. Creating a cache is slow if CUDA graphs are compiled.
+    spare_caches: dict[tuple[int, int], list[BatchedKVCache]] = field(default_factory=dict, init=False, compare=False)
 
     def __post_init__(self) -> None:
         # On Hopper, PyTorch would choose cuDNN's attention, which needs 60 ms to build a plan for each prompt length.
@@ -50,7 +51,7 @@ class SpeechModel(ABC):
     @property
     def last_frame(self) -> LastFrame:
         """Encoding of partial last frames of training clips: 'codec' or 'pad'."""
-        return "codec" if is_released(self.decoder.config) else "pad"
+        return "pad" if hasattr(self.decoder.config, "codec_sliding_window") else "codec"  # Llama-Mimi's first release
 
     @property
     def end_entry(self) -> int:
@@ -142,11 +143,6 @@ class SpeechModel(ABC):
 
         If the entry of level 0 is the end, the other entries of the frame are arbitrary.
         """
-
-    @cached_property
-    def spare_caches(self) -> dict[tuple[int, int], list[BatchedKVCache]]:
-        """Caches for reuse, by number of rows and capacity. Creating a cache is slow if CUDA graphs are compiled."""
-        return {}
 
 
 def log_likelihoods(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,6 @@
 """Greedy transcription of speech (task "asr")."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 
@@ -15,26 +14,18 @@ from llama_mimi.tokens.vocabulary import text_ids
 TOKENS_PER_FRAME, FURTHER_TOKENS = 2, 16
 
 
-class Transcript(NamedTuple):
-    """Transcript of a clip."""
-
-    text: str
-    is_cut: bool  # True if the transcript reached the maximum number of tokens before EOS
-
-
 @torch.inference_mode()
-def transcribe(model: SpeechModel, codes: Sequence[torch.Tensor], num_rows: int) -> list[Transcript]:
-    """Return a transcript of each clip. Each token is the most likely token after ``BOS <audio> codes </audio>``.
+def transcribe(model: SpeechModel, codes: Sequence[torch.Tensor], num_rows: int) -> list[tuple[str, bool]]:
+    """Return the transcript of each clip, and True if it reached the maximum number of tokens before EOS.
 
+    Each token is the most likely token after ``BOS <audio> codes </audio>``.
     Text tokens and EOS are allowed. A newline cannot be the first token, because after ``</audio>`` a newline means
-    that the next utterance follows (tokens/tokenizer.py).
+    that the next utterance follows (tokens/tokenizer.py). A `UserError` is raised if the model was not trained on the
+    task "asr", or if logits are not finite.
 
     Args:
         codes: codes (T, Q) of each clip.
         num_rows: maximum number of clips in a batch. Clips of similar length share a batch.
-
-    Raises:
-        UserError: the model was not trained on the task "asr", or logits are not finite.
     """
     model.require_task("transcription", "asr")
     if not codes:
@@ -67,7 +58,7 @@ def transcribe(model: SpeechModel, codes: Sequence[torch.Tensor], num_rows: int)
                 contexts.step(model.embed(ids_B))
                 is_valid_V = is_later_V
     texts = [text_tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in tokens]
-    return [Transcript(*each) for each in zip(texts, is_cut, strict=True)]
+    return list(zip(texts, is_cut, strict=True))
 
 
 def _valid_tokens(tokenizer: SpeechTokenizer) -> torch.Tensor:

@@ -18,14 +18,7 @@ from llama_mimi.common.versions import versions
 from llama_mimi.evaluation.results import FORMAT
 from llama_mimi.generation.continuation import settings_note
 from llama_mimi.generation.loading import MODELS, load_speech_model
-from llama_mimi.generation.prompt_folder import (
-    BATCHES_PER_GROUP,
-    SETTINGS,
-    Prompt,
-    describe_model,
-    draw_samples,
-    without_new_audio,
-)
+from llama_mimi.generation.prompt_folder import BATCHES_PER_GROUP, SETTINGS, Prompt, describe_model, draw_samples
 from llama_mimi.generation.transcription import transcribe
 from llama_mimi.judging import metrics, systems
 from llama_mimi.judging.error_rates import add_error_rates
@@ -103,8 +96,8 @@ def _recogniser(options: AsrOptions, ranks: DistributedContext) -> metrics.Measu
 
     def values(batch: Sequence[metrics.Input]) -> Iterator[metrics.Value]:
         samples = [clip.read(model.codec.sample_rate_hz).samples_S for (clip,) in batch]
-        for transcript in transcribe(model, model.codec.encode_many(samples), num_rows):
-            yield {"text": transcript.text, "ended": float(not transcript.is_cut)}
+        for text, is_cut in transcribe(model, model.codec.encode_many(samples), num_rows):
+            yield {"text": text, "ended": float(not is_cut)}
 
     description = broadcast_from_rank0(lambda: describe_model(name, model))
     del description["versions"]  # cached transcripts stay valid after a new commit
@@ -187,7 +180,7 @@ def _own_samples(
     records = draw_samples(model, own, folder, options.sampling, num_rows, ranks, made_by)
     samples = systems.continuations(prompts, folder, records, model.codec.frame_rate_hz)
     if ranks.rank == 0:
-        print(f"{len(records):,} samples are in {folder}{without_new_audio(records)}", flush=True)
+        print(f"{len(records):,} samples are in {folder}", flush=True)
     return samples, read_json(str(folder), SETTINGS) or {}, model.codec
 
 

@@ -69,12 +69,6 @@ class AudioVocabulary:
         return torch.cat([ids_QK, torch.where(level_Q1 == 0, self.audio_end_id, -1)], dim=1)
 
 
-def text_from_codes(codes_TQ: torch.Tensor) -> str:
-    """Return codes as text that a tokenizer can parse: ``<audio><c_0><c_1>...</audio>``."""
-    tokens = "".join(f"<{code}_{level}>" for frame in codes_TQ.tolist() for level, code in enumerate(frame))
-    return f"{AUDIO_START}{tokens}{AUDIO_END}"
-
-
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Tokenise plain text. Strings such as ``<audio>`` or ``<5_0>`` become ordinary text tokens.
 

@@ -19,7 +19,6 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
 from transformers import PreTrainedConfig
 
-from llama_mimi.audio.mimi import has_sliding_window
 from llama_mimi.checkpoint.architectures import ASSETS_FOLDER, check_initial_weights, load_config, speech_config
 from llama_mimi.checkpoint.dcp import complete_steps, is_distributed, read_index, set_aside_incomplete, set_aside_later
 from llama_mimi.checkpoint.huggingface import NETWORK_KEYS, hf_config
@@ -260,7 +259,7 @@ def _check_model(job_config: Any) -> None:
         is_released = hasattr(base, "num_quantizers") and not hasattr(base, "codec")
         if is_released or hasattr(base, "codec_sliding_window"):
             wanted["codec.sliding_window"] = codec.sliding_window
-            found["codec.sliding_window"] = has_sliding_window(base)
+            found["codec.sliding_window"] = getattr(base, "codec_sliding_window", False)
         require_same(found, wanted, assets, remedy)
         check_initial_weights(settings.initial_load_path or model.hf_assets_path, args)
     record = Path(job_config.job.dump_folder, ASSETS_FOLDER)
