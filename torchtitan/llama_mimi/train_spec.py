@@ -11,8 +11,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 
 from llama_mimi.audio.mimi import load_codec_config
-from llama_mimi.checkpoint.architectures import save_run_record, speech_config
-from llama_mimi.checkpoint.huggingface import LlamaMimiStateDictAdapter
+from llama_mimi.checkpoint.architectures import save_run_record, speech_config, state_dict_adapter
 from llama_mimi.checkpoint.lora import adapter_config
 from llama_mimi.common.command_line import report_errors
 from llama_mimi.common.distributed import end_with_torchrun, report_error_once
@@ -100,6 +99,6 @@ register_train_spec(
         build_loss_fn=build_loss,
         build_validator_fn=build_validator,
         build_metrics_processor_fn=build_metrics,
-        state_dict_adapter=LlamaMimiStateDictAdapter,
+        state_dict_adapter=state_dict_adapter,
     ),
 )
