@@ -38,8 +38,13 @@ def build_tokenizer(job_config: Any) -> SpeechTokenizer:
     sys.excepthook = report_uncaught
     prepare_run(job_config)
     use_checksums(job_config.checkpoint.verify)
-    job_config.quantize.linear.float8.filter_fqns.append("output")  # the loss reads the unconverted output matrix
+    keep_output_matrix(job_config)
     return build_speech_tokenizer(job_config)
+
+
+def keep_output_matrix(job_config: Any) -> None:
+    """Exclude the output matrix from the conversion to float8, because the loss reads the unconverted matrix."""
+    job_config.quantize.linear.float8.filter_fqns.append("output")
 
 
 def report_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
