@@ -313,6 +313,29 @@ def test_shards_give_the_batches_that_audio_gives(packing, num_quantizers, task,
         assert ("positions" in inputs) == (packing == "pack")
 
 
+def test_each_validation_corpus_has_its_own_clips(store, tmp_path, tokenizer, world_of_one):
+    """The texts of the task 'text' belong to the first corpus. A corpus without transcripts is not used for 'tts'."""
+    (tmp_path / "texts.txt").write_text("one\ntwo\n")
+    texts = ["--data.text_dataset", tmp_path / "texts.txt", "--data.validation_text_dataset", tmp_path / "texts.txt"]
+    without_text, twin = str(write_store(tmp_path / "old", [12] * 5)), tmp_path / "twin" / store.name
+    flags = ["--data.tasks", "audio,tts,text", *texts, "--data.validation_clips", 3, "--training.dataset", store]
+    job_config = config(f"{store}, {without_text}", *flags)
+    found = {}
+    for corpus in (str(store), without_text):
+        loader = build_dataloader(1, 0, tokenizer, job_config, is_validation=True, corpus=corpus)
+        found[corpus] = Counter(loader.streams[ref.stream].task for ref, _ in loader._clips())
+    assert found == {str(store): {"audio": 3, "tts": 3, "text": 2}, without_text: {"audio": 3}}
+    job_config = config(f"{store}, {without_text}", "--data.tasks", "tts")
+    with pytest.raises(UserError, match="'.*/old' lacks the columns for data.tasks; remove it from validation.dataset"):
+        build_dataloader(1, 0, tokenizer, job_config, is_validation=True, corpus=without_text)
+    shutil.copytree(store, twin)
+    for name in (twin, shutil.copytree(store, tmp_path / "tts")):
+        with pytest.raises(
+            UserError, match="rename folders until their names differ from each other and from data.tasks"
+        ):
+            config(f"{store},{name}", "--training.dataset", store, "--data.tasks", "tts")
+
+
 def test_a_mixture_has_the_shares_of_audio_asked_for(store, tmp_path, tokenizer, world_of_one):
     short = write_store(tmp_path / "short", [12] * 40)
     flags = ["--validation.no-enable", "--data.weights", 1.0, 3.0, "--data.packing", "pack"]

@@ -101,6 +101,9 @@ def test_flags_for_64_gpus_are_valid(path, monkeypatch):
     assert parse_config([*command, *named]).parallelism.data_parallel_replicate_degree == 8
 
 
+LORA = "--model.converters lora --checkpoint.initial_load_in_hf"
+
+
 def tiny_with(*flags):
     """Return the flags of the tiny config, with a dump_folder that the commands of the README do not use."""
     elsewhere = () if "--job.dump_folder" in flags else ("--job.dump_folder", "outputs/of_no_run")
@@ -121,11 +124,26 @@ def tiny_with(*flags):
         ("--loss.level_weights 1,2", "4 positive numbers"),
         (f"{HIERARCHICAL} --parallelism.tensor_parallel_degree 2", "supports only FSDP and HSDP"),
         ("--model.converters quantize.linear.float8", "with `uv sync --inexact --extra float8`"),
+        ("--model.converters lora", "set checkpoint.initial_load_in_hf to true: LoRA needs an existing model"),
+        (f"{LORA} --parallelism.tensor_parallel_degree 2", "LoRA supports only FSDP, HSDP and one GPU"),
+        (f"{LORA} --checkpoint.last_save_in_hf", "checkpoint.last_save_in_hf is True; use convert_dcp_to_hf.py"),
+        (f"{LORA} --lora.targets q_proj,wk", "choose one or more of: q_proj, k_proj, v_proj"),
+        (f"{LORA} --lora.dropout 1", "lora.dropout is 1.0; set a number of at least 0 and below 1"),
         ("--parallelism.tensor_parallel_degree 4", "the degrees in [parallelism] do not fit 2 ranks"),
         ("--parallelism.data_parallel_replicate_degree 2", "use FSDP or HSDP"),
         ("--model.flavor 768x8 --parallelism.tensor_parallel_degree 2", "is 2; set a divisor of 3, the number"),
         ("--parallelism.tensor_parallel_degree 2 --training.seq_len 257", "training.seq_len is 257; set a multiple"),
         ("--training.global_batch_size 6", "set a multiple of 4"),
+        ("--validation.patience -1", "validation.patience is -1; set a finite number of at least 0"),
+        (
+            "--validation.patience 1 --validation.freq 100",
+            "validation.freq is 100; set a multiple of checkpoint.interval",
+        ),
+        ("--validation.patience 2 --checkpoint.keep_latest_k 4", "checkpoint.keep_latest_k is 4; set 0, or more than"),
+        (
+            "--validation.patience 1 --checkpoint.keep_latest_k 3 --checkpoint.last_save_in_hf",
+            "checkpoint.last_save_in_hf is True; set false: a run that",
+        ),
         # Files
         ("--parallelism.context_parallel_degree 2", "more than 1 on a CPU; set it to 1, or use GPUs"),
         (
@@ -134,7 +152,7 @@ def tiny_with(*flags):
         ),
         ("--codec.name models/nothing/here", "codec folder 'models/nothing/here' does not exist"),
         ("--model.hf_assets_path models/nothing", "prepare_base_model.py"),
-        ("--training.dataset assets/tiny/corpus,assets/tiny/words", "set one corpus, or (for training only) several"),
+        ("--training.dataset assets/tiny/corpus,assets/tiny/words", "set one corpus, or several corpora tokenised"),
         ("--training.dataset assets/tiny/corpus", "contains the splits train, validation; set data.split"),
         ("--checkpoint.initial_load_in_hf", "vocab_size = 512, but the current value is 1538"),
         ("--checkpoint.initial_load_path models/nothing", "models/nothing/.metadata' is missing"),

@@ -1,6 +1,7 @@
 """Metrics in the log, with simulated GPUs."""
 
 import math
+import random
 import time
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from llama_mimi.common.errors import UserError
 from llama_mimi.data.dataloader import DataMeter
 from llama_mimi.training.config_file import parse_config
 from llama_mimi.training.loss import LevelMeter
-from llama_mimi.training.metrics import SpeechMetrics, peak_flops
+from llama_mimi.training.metrics import SpeechMetrics, SpeechValidator, peak_flops
 from llama_mimi.training.optimizer import StepGuard
 
 CARDS = {
@@ -77,3 +78,26 @@ def test_a_line_of_the_log(card, monkeypatch, tmp_path):
     assert data.codec_seconds == 0
     with pytest.raises(UserError, match="'assets/tiny/corpus/validation-.*' does not contain a usable clip"):
         metrics.log_validation(1, start=0.0)
+
+
+@pytest.mark.parametrize("patience", [0, 1, 3])
+def test_a_run_stops_after_validations_without_a_lower_loss(patience):
+    """Equal losses are not lower. Step 1 and the second corpus are not counted."""
+    generator = random.Random(0)
+    for _ in range(100):
+        losses, ends = [generator.randint(1, 6) for _ in range(12)], []
+        for place in range(1, len(losses) + 1):  # a plain loop
+            best = losses.index(min(losses[:place]))
+            ends += [place] if patience and place - 1 - best >= patience else []
+        settings = SimpleNamespace(patience=patience, freq=10)
+        config = SimpleNamespace(validation=settings, training=SimpleNamespace(steps=1000))
+        validator = object.__new__(SpeechValidator)
+        validator.job_config, validator._loaders = config, {"new": None, "old": None}
+        validator._validations = {1: {"new": {"loss": 0}, "old": {"loss": 0}}}
+        for place, loss in enumerate(losses, 1):
+            validator._validations[10 * place] = {"old": {"loss": 0}, "new": {"loss": loss}}
+            validator._check_patience(10 * place)
+            assert validator.best_step == 10 * (losses.index(min(losses[:place])) + 1)
+            if config.training.steps < 1000:
+                break
+        assert config.training.steps == (10 * ends[0] if ends else 1000)

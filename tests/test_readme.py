@@ -37,6 +37,10 @@ ELSEWHERE = {
     f"{SCRIPT}convert_dcp_to_hf.py --checkpoint outputs/tiny_text_speech": "needs the recipe; tests/test_scripts.py",
     "uv run python eval/asr.py --model_name models/tiny_text_speech": "tests/test_error_rates.py",
     "uv run python eval/tts.py": "tests/test_error_rates.py",
+    f"{SCRIPT}tokenize_corpus.py --corpus data/my_voice": "needs a voice; tests/test_config.py",
+    f"{TORCHRUN}1 -m llama_mimi.train --job.config_file config/finetune_voice.toml": "needs a voice and a GPU",
+    f"{SCRIPT}convert_dcp_to_hf.py --checkpoint outputs/finetune_voice": "needs a GPU; tests/test_lora.py",
+    "uv run python inference.py --model_name models/my_voice": "needs a GPU; tests/test_generation.py",
     f"{SCRIPT}study.py config/studies/tiny": "half an hour or more; tests/test_study.py",
     f"{SCRIPT}build_page.py --study": "needs the study; tests/test_pages.py",
     "uv run tensorboard": "serves until it is stopped",
@@ -55,6 +59,9 @@ SMALLEST = {
     ),
     f"{TORCHRUN}2 -m llama_mimi.train --job.config_file config/tiny_hierarchical.toml": (
         "--training.steps 10 --checkpoint.interval 10"
+    ),
+    f"{TORCHRUN}2 -m llama_mimi.train --job.config_file config/tiny_finetune.toml": (
+        "--training.steps 10 --checkpoint.interval 10 --validation.freq 10 --checkpoint.keep_latest_k 0"
     ),
     "uv run python eval/generation.py": (
         '--model_name models/tiny --corpus "assets/tiny/corpus/validation-*.parquet" --prompt_seconds 1.6 '

@@ -130,6 +130,9 @@ def test_a_run_ends_with_a_validation(tmp_path):
     assert [steps(study, run)[0].flags["validation.freq"] for run in runs] == [24, 210, 421, 210, 210]
 
 
+PATIENCE = '"validation.patience" = 1\n"checkpoint.keep_latest_k" = 0'
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -159,6 +162,7 @@ def test_a_run_ends_with_a_validation(tmp_path):
         (', architecture = "hierarchical", steps = 40', "", "primary of 'Architectures' selects 3 variants besides"),
         ("num_quantizers = [4, 8]", "num_quantizers = [4]", "primary of 'Quantizers' is .* has one variant; remove"),
         ("[benchmarks.salmon]", "[benchmarks.prosaudit]\n[benchmarks.salmon]", "--data_dir is missing"),
+        ('"training.steps" = 40', PATIENCE, "runs of a study must train for their number of steps; set validation.pat"),
     ],
 )
 def test_mistakes_in_a_study(tmp_path, old, new, message):
@@ -445,6 +449,9 @@ class Played:
                 bits = 100 + 10 * int(flags["--codec.num_quantizers"]) + int(flags["--debug.seed"])
                 writer.add_scalar("validation_admissible_bits_per_audio_second/all", bits, steps)
                 writer.add_scalar("validation_admissible_bits_per_audio_second/all", 999, 1)
+                writer.add_scalar("validation_admissible_bits_per_audio_second/tts/all", 9, steps)  # a further task
+                writer.add_scalar("validation_admissible_bits_per_audio_second/old/all", bits + 7, steps)
+                writer.add_scalar("validation_admissible_bits_per_audio_second/old/tts/all", 9, steps)
         elif script == "scripts/convert_dcp_to_hf.py":
             (out / "config.json").touch()
         else:  # the values depend on the run
@@ -483,7 +490,10 @@ def test_a_study_is_done_once(tmp_path, capsys):
     line = lines[-1]
     assert line["state"] == "done" and line["seconds"].keys() == {"train", "convert", "salmon", "sLM21", "generation"}
     assert line["label"] == "flattened, Q = 8, 40 steps, seed 5" and line["model_sha256"] == "m" * 64
-    assert line["admissible_bits_per_audio_second"] == {"all": 185.0}  # only the last step
+    bits = {"all": 185.0, "tts/all": 9.0, "old/all": 192.0, "old/tts/all": 9.0}
+    assert line["admissible_bits_per_audio_second"] == bits  # only the last step
+    rows = [row.split("|") for row in report.splitlines() if row.startswith("| validation bits/s")]
+    assert {row[1].split(", Q")[0].strip(" *") for row in rows} == {"validation bits/s", "validation bits/s, old"}
 
     again = Played(played.study)
     assert whole(again)[1] == report and again.done == []

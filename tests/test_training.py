@@ -17,12 +17,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from conftest import ROOT, TINY, next_command
 from forked_ranks import ForkedRanks
+from simulated import write_codes
 from torch.optim import AdamW
 from transformers import (
     AutoConfig,
@@ -38,6 +40,7 @@ from llama_mimi.checkpoint.csm import csm_args, csm_config, csm_state
 from llama_mimi.checkpoint.dcp import load_model_state
 from llama_mimi.checkpoint.storage import check_step
 from llama_mimi.common.command_line import to_cli_args
+from llama_mimi.corpora.code_shards import CodedClip
 from llama_mimi.data.build import build_dataloader
 from llama_mimi.generation.continuation import continue_codes
 from llama_mimi.generation.loading import load_speech_model
@@ -363,3 +366,83 @@ def test_a_llama_is_where_a_hierarchical_run_begins(base_model, tmp_path):
     assert torch.equal(theirs["embed_text_tokens.weight"], llama["model.embed_tokens.weight"])
     names = [name.removeprefix("model.") for name in llama if name.startswith(("model.layers.", "model.norm."))]
     assert len(names) > 30 and all(torch.equal(theirs[f"backbone_model.{n}"], llama[f"model.{n}"]) for n in names)
+
+
+def write_random_codes(folder: Path, num_clips: int, seed: int) -> Path:
+    codes = np.random.default_rng(seed).integers(0, 32, (num_clips, 10, 8)).astype(np.uint16)
+    clips = [CodedClip(f"{number}", codes_TQ, 0.8, False) for number, codes_TQ in enumerate(codes)]
+    write_codes(folder, str(TINY / "mimi"), [clips])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def overfitting(tmp_path_factory):
+    """Settings of a run that overfits, and two runs: one with an early stop, and one without that swaps the corpora."""
+    folder = tmp_path_factory.mktemp("overfitting")
+    sizes = {"training": 4, "old": 3, "new": 4}
+    training, old, new = (write_random_codes(folder / name, sizes[name], seed) for seed, name in enumerate(sizes))
+    settings = {"training.dataset": training, "training.seq_len": 64, "training.steps": 14, "data.shuffle_window": 1}
+    settings |= {"optimizer.lr": 6e-3, "lr_scheduler.warmup_steps": 0, "lr_scheduler.decay_ratio": 0.0}
+    settings |= {"validation.enable": True, "validation.seq_len": 64, "validation.freq": 2, "checkpoint.interval": 2}
+    settings |= {"checkpoint.keep_latest_k": 4, "checkpoint.async_mode": "async"}
+    train(2, folder / "whole", settings | {"validation.dataset": f"{old},{new}"})
+    settings |= {"validation.dataset": f"{new},{old}", "validation.patience": 3}
+    train(2, folder / "stopped", settings)
+    return settings, folder / "whole", folder / "stopped"
+
+
+def validations(folder: Path) -> dict[str, dict[int, float]]:
+    """Return the curve of each corpus in validation.json."""
+    steps = json.loads((folder / "validation.json").read_text())
+    return {name: {int(step): found[name]["loss"] for step, found in steps.items()} for name in ("new", "old")}
+
+
+def test_an_early_stop_is_at_the_step_that_the_losses_give(overfitting):
+    """The losses of both corpora are those of a run that validates them in another order. All checkpoints are saved."""
+    _, whole, stopped = overfitting
+    losses_of_new = losses(whole, "validation_metrics/new/loss")
+    best, end = None, None
+    for step in range(2, 15, 2):
+        if best is None or losses_of_new[step] < losses_of_new[best]:
+            best = step
+        elif end is None and step == best + 3 * 2:
+            end = step
+    assert 2 < best < end < 14, losses_of_new
+    assert losses(stopped) == pytest.approx({step: losses(whole)[step] for step in range(1, end + 1)}, abs=1e-4)
+    steps = [1, *range(2, end + 1, 2)]
+    for other, own, name in (("", "old/", "old"), ("new/", "", "new")):
+        curve = losses(stopped, f"validation_metrics/{own}loss")
+        assert validations(stopped)[name] == pytest.approx(curve, rel=1e-6)
+        reference = losses(whole, f"validation_metrics/{other}loss")
+        assert curve == pytest.approx({step: reference[step] for step in steps}, abs=1e-4)
+        tag = "validation_admissible_bits_per_audio_second/"
+        reference = losses(whole, f"{tag}{other}level_3")
+        assert losses(stopped, f"{tag}{own}level_3") == pytest.approx({s: reference[s] for s in steps}, rel=1e-4)
+    saved = range(end - 6, end + 1, 2)  # keep_latest_k is 4
+    assert {path.name for path in (stopped / "checkpoint").iterdir()} == {f"step-{step}" for step in saved}
+    log = (stopped / "log.txt").read_text()
+    assert f"training stops at step {end}: the loss on new has not become lower since step {best}; set a " in log
+    assert f"validate step: {end}  old  loss: " in log and f"validate step: {end}  loss: " in log
+    assert f"--checkpoint {stopped}/checkpoint/step-{best} --output_dir" in next_command(log)
+
+
+@pytest.mark.parametrize(("state", "steps"), [("stopped", 0), ("not validated", 0), ("not saved", 2)])
+def test_an_early_stop_does_not_depend_on_kills(overfitting, tmp_path, state, steps):
+    """A stopped run does not continue. A run that is killed during its last ``steps`` has the same stop and losses."""
+    settings, _, stopped = overfitting
+    run = shutil.copytree(stopped, tmp_path / "stopped")
+    shutil.rmtree(run / "tb")
+    saved = json.loads((run / "validation.json").read_text())
+    end = int(max(saved, key=int))
+    if state == "not validated":
+        del saved[str(end)]
+        (run / "validation.json").write_text(json.dumps(saved))
+    elif state == "not saved":  # for example with --checkpoint.load_step; the last validation is of the earlier attempt
+        shutil.rmtree(run / "checkpoint" / f"step-{end}")
+    assert train(2 if steps else 1, run, settings).keys() == set(range(end - steps + 1, end + 1))
+    for name, curve in validations(stopped).items():
+        assert validations(run)[name] == pytest.approx(curve, abs=1e-4)
+    assert (run / "checkpoint" / f"step-{end}" / ".metadata").is_file()
+    first, again = ((folder / "log.txt").read_text() for folder in (stopped, run))
+    assert f"training stops at step {end}: " in again
+    assert next_command(again) == next_command(first).replace(str(stopped), str(run))

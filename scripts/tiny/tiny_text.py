@@ -29,6 +29,7 @@ SPEAKERS = (
     Speaker("deep_slow_woman", "en-gb-x-gbclan+f5", 20, 150),
     Speaker("high_quick_woman", "en-gb-x-gbcwmd+f1", 99, 200),
 )
+NEW_VOICE = Speaker("new_woman", "en-us+belinda", 50, 170)  # not in the corpus
 
 
 class Topic(NamedTuple):

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from llama_mimi.common.choices import LORA_TARGETS, Architecture, Precision, VocabularyKind
+from llama_mimi.common.choices import Architecture, Precision, VocabularyKind
 
 
 @dataclass
@@ -66,7 +66,9 @@ class Lora:
     alpha: float = 32.0
     """Updates are multiplied by alpha / rank"""
 
-    targets: list[str] = field(default_factory=lambda: [*LORA_TARGETS])
+    targets: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
     """Layers with updates, by their names in Hugging Face models"""
 
     dropout: float = 0.0
@@ -124,7 +126,7 @@ class Data:
     """Split to read from validation.dataset; needed only if the dataset has several splits"""
 
     validation_clips: int = -1
-    """Number of validation clips of each task, from the start of validation.dataset, over all ranks; -1: all clips"""
+    """Number of validation clips of each task, from the start of each corpus, over all ranks; -1: all clips"""
 
     audio_column: str = "audio"
     """Column with audio; each value is a struct with the fields bytes and path"""
@@ -142,6 +144,13 @@ class Data:
 
 
 @dataclass
+class Validation:
+    patience: int = 0
+    """Number of validations without a lower loss on the first corpus after which training stops; 0: no early stop. The
+    schedule of the learning rate ends at training.steps, so at an early stop the rate has not decayed"""
+
+
+@dataclass
 class JobConfig:
     job: Job = field(default_factory=Job)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
@@ -152,6 +161,7 @@ class JobConfig:
     lora: Lora = field(default_factory=Lora)
     codec: Codec = field(default_factory=Codec)
     data: Data = field(default_factory=Data)
+    validation: Validation = field(default_factory=Validation)
 
 
 def checkpoint_folder(job_config: Any) -> Path:

@@ -64,6 +64,9 @@ def main() -> None:
         checkpoint = checkpoint_folder(job_config)
         print(f"written to {checkpoint}")
         output = Path("models", checkpoint.parent.resolve().name)
+        if job_config.validation.enable and job_config.validation.patience and (step := trainer.validator.best_step):
+            print(f"the validation loss is lowest at step {step}")
+            checkpoint /= f"step-{step}"
         print_next("python scripts/convert_dcp_to_hf.py", checkpoint=checkpoint, output_dir=output)
 
 

@@ -27,15 +27,22 @@ def build_dataloader(
     job_config: Any,
     meter: DataMeter | None = None,
     is_validation: bool = False,
+    corpus: str | None = None,
 ) -> SpeechDataLoader:
     """Build the dataloader for training or validation.
 
     The training loader is endless and shuffled with ``debug.seed`` (default 0). The validation loader reads the first
     ``data.validation_clips`` clips once, in order. Validation clips are not packed, so that runs with and without
-    packing have comparable losses.
+    packing have comparable losses. ``corpus``: one of several validation corpora; the first one includes the texts of
+    ``data.validation_text_dataset``.
     """
     data, section = job_config.data, job_config.validation if is_validation else job_config.training
     streams, fractions = open_streams(job_config, section)
+    if corpus is not None:
+        is_first = corpus == dataset_names(section)[0]
+        streams = [some for some in streams if (is_first if some.task == "text" else some.reader.name == corpus)]
+        if not streams:
+            raise UserError(f"'{corpus}' lacks the columns for data.tasks; remove it from validation.dataset")
     ranks = dp_rank, dp_world_size
     order: ClipOrder
     if is_validation:

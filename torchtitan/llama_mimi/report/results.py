@@ -22,7 +22,7 @@ BENCHMARKS = ("salmon", "sLM21", "sStoryCloze", "prosaudit")
 SALMON = {f"salmon/{part}": f"SALMon {part}".replace("_", " ").replace("bg", "background") for part in SALMON_PARTS}
 SALMON_MEAN = "salmon/mean"
 FIXED_LENGTH = "similarity/"  # prefix of the speaker similarity at a fixed length; the number of seconds follows
-BITS = "bits/"  # prefix of the measure "validation bits/s"; the number of levels follows
+BITS = "bits/"  # prefix of "validation bits/s"; the number of levels follows, and "/<name>" of a further corpus
 NO_SAMPLE = -1  # sample number of references, which have a single sample
 COLUMNS = "system measure item sample value conditions weights data data_kind is_reference cluster".split()
 
@@ -94,7 +94,8 @@ def measure_of(name: str) -> MeasureFormat:
     if name.startswith(FIXED_LENGTH):
         return MeasureFormat(f"speaker similarity, first {name.removeprefix(FIXED_LENGTH)} s")
     if name.startswith(BITS):
-        return MeasureFormat(f"validation bits/s, Q = {name.removeprefix(BITS)}", 1)
+        levels, _, corpus = name.removeprefix(BITS).partition("/")
+        return MeasureFormat(f"validation bits/s, {f'{corpus}, ' if corpus else ''}Q = {levels}", 1)
     return MeasureFormat(name.replace("judge/", "judged "), 2)
 
 

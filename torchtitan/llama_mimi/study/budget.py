@@ -13,6 +13,7 @@ from llama_mimi.checkpoint.stand_ins import write_missing
 from llama_mimi.common.command_line import to_cli_args
 from llama_mimi.model.architectures import build_model
 from llama_mimi.model.llama import FLAVORS, LlamaMimiArgs
+from llama_mimi.model.lora import LoRAConverter
 from llama_mimi.tokens.tokenizer import build_speech_tokenizer
 from llama_mimi.training.config_file import parse_config
 
@@ -23,7 +24,7 @@ class Cost(NamedTuple):
     """Cost of a model. Padded positions of a training step are included."""
 
     num_weights: int  # including embeddings
-    step_flops: float  # 6 FLOPs per position and weight of a matrix product, plus the FLOPs of attention
+    step_flops: float  # per position: 6 FLOPs per weight of a matrix product (4 if frozen), and attention
     step_seconds: float  # seconds of audio in a training step
     generation_flops: float  # per second of new audio, after `CONTEXT_SECONDS` of audio, without prefill
 
@@ -53,6 +54,9 @@ def _cost(words: tuple[str, ...], num_ranks: int) -> Cost:
     with torch.device("meta"):
         model = build_model(args)
     training, frame_rate_hz = config.training, codec.sampling_rate / codec.frame_size
+    generation_flops = frame_rate_hz * model.decoding_flops(round(CONTEXT_SECONDS * frame_rate_hz))
+    if config.model.converters == ["lora"]:  # updates are merged before generation
+        LoRAConverter(config, None).convert(model)
     num_weights, flops_per_target = args.get_nparams_and_flops(model, training.seq_len)
     rows = training.global_batch_size if training.global_batch_size > 0 else training.local_batch_size * num_ranks
     num_frames = rows * training.seq_len / positions_per_frame
@@ -60,5 +64,5 @@ def _cost(words: tuple[str, ...], num_ranks: int) -> Cost:
         num_weights,
         num_frames * args.targets_per_frame * flops_per_target,
         num_frames / frame_rate_hz,
-        frame_rate_hz * model.decoding_flops(round(CONTEXT_SECONDS * frame_rate_hz)),
+        generation_flops,
     )

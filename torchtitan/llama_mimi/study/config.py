@@ -21,9 +21,9 @@ from llama_mimi.training.config_file import fits
 
 Flags = dict[str, Any]
 AXES = {"architecture": "{}", "flavor": "{}", "num_quantizers": "Q = {}", "level_weights": "weights {}"}  # labels
-AXES |= {"tasks": "tasks {}", "steps": "{:,} steps"}
+AXES |= {"tasks": "tasks {}", "setup": "{}", "steps": "{:,} steps"}
 LISTS: Flags = {"architecture": list[Architecture], "flavor": list[str], "num_quantizers": list[int]}  # types of axes
-LISTS |= {"level_weights": list[str], "tasks": list[str]}
+LISTS |= {"level_weights": list[str], "tasks": list[str], "setup": list[str]}
 # Training settings and flags of eval/ that a study file must not set, because axes or the study set them.
 OWN = {"model.architecture", "model.flavor", "codec.num_quantizers", "loss.level_weights", "data.tasks"}
 OWN |= {"job.config_file", "job.dump_folder", "checkpoint.folder", "debug.seed"}
@@ -38,13 +38,15 @@ class Variant(NamedTuple):
     num_quantizers: int
     level_weights: str
     tasks: str  # separated by commas
+    setup: str  # name of settings in [[override]]; empty: no further settings
     steps: int
 
     @property
     def name(self) -> str:
         weights = re.sub(r"[^\w.]+", "_", self.level_weights)
         tasks = "" if self.tasks == "audio" else f"-{self.tasks.replace(',', '_')}"
-        return f"{self.architecture}-{self.flavor}-q{self.num_quantizers}-{weights}{tasks}-{self.steps}"
+        setup = self.setup and "-" + re.sub(r"[^\w.]+", "_", self.setup)
+        return f"{self.architecture}-{self.flavor}-q{self.num_quantizers}-{weights}{tasks}{setup}-{self.steps}"
 
 
 class Run(NamedTuple):
@@ -248,6 +250,7 @@ def _variants(study: Study, grid: Flags) -> tuple[Variant, ...]:
             grid.get("num_quantizers") or [base.codec.num_quantizers],
             grid.get("level_weights") or [base.loss.level_weights],
             grid.get("tasks") or [",".join(base.data.tasks)],
+            grid.get("setup") or [""],
         ):
             variant = Variant(architecture, *values, steps=0)
             flags = study.flags(variant)
@@ -265,6 +268,7 @@ def _check(study: Study) -> None:
     unused = [some for some in values if not any(applies(some, variant) for variant in study.variants)]
     configs = [resolved(study.flags(v) | {"training.steps": v.steps}) for v in study.variants]
     is_unknown_batch = launch.train and any(config.training.global_batch_size < 1 for config in configs)
+    can_stop = any(config.validation.enable and config.validation.patience for config in configs)
     for is_wrong, message in (
         (not study.runs, "the study lacks tables or seeds; add [[tables]], and at least one seed"),
         (
@@ -274,6 +278,7 @@ def _check(study: Study) -> None:
         (len({*study.seeds}) < len(study.seeds), f"seeds is {study.seeds}; set each seed only once"),
         (own, f"only axes or the study itself may set {', '.join(sorted(own))}; remove these keys"),
         (unused, f"the [[override]] {unused[:1]} does not apply to any variant; use values from [[tables]]"),
+        (can_stop, "all runs of a study must train for their number of steps; set validation.patience to 0"),
         (is_unknown_batch, "the number of ranks of launch.train is unknown; set training.global_batch_size"),
     ):
         if is_wrong:

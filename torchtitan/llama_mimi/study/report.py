@@ -3,11 +3,12 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pandas as pd
 from tqdm import tqdm
 
+from llama_mimi.common.choices import Task
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import write_atomically
 from llama_mimi.report.comparisons import LEGEND_OF_STUDIES, ONE_RUN, comparison, published_numbers
@@ -72,10 +73,13 @@ def _collect_results(study: Study, lines: Lines) -> pd.DataFrame:
     items = _saved_results(study)
     same = {"item": "", "cluster": "", "sample": 0, "conditions": "", "weights": "", "data": "", "is_reference": False}
     same["data_kind"] = items["data_kind"].iloc[0] if items["data_kind"].nunique() == 1 else "other"
-    bits = [  # each number of levels is a measure without items
-        same | {"system": line["run"], "measure": f"{BITS}{line['num_quantizers']}", "value": line[BITS_KEY]["all"]}
+    # For each validation corpus, each number of levels is a measure without items. Names are "all" (first corpus, first
+    # task), "<corpus>/all", and for further tasks, which are not shown, "<task>/all" and "<corpus>/<task>/all".
+    bits = [
+        same | {"system": line["run"], "measure": f"{BITS}{line['num_quantizers']}/{name}"[:-4], "value": value}
         for line in lines
-        if line.get(BITS_KEY)
+        for name, value in (line.get(BITS_KEY) or {}).items()
+        if name.endswith("all") and name.count("/") < 2 and name.split("/")[0] not in get_args(Task)
     ]
     return pd.concat([items, pd.DataFrame(bits)], ignore_index=True) if bits else items
 

@@ -16,7 +16,7 @@ from llama_mimi.checkpoint.dcp import complete_steps, load_step
 from llama_mimi.checkpoint.storage import CheckedWriter, first_failure
 from llama_mimi.common.errors import UserError
 
-_save_of_engine = engine.CheckpointManager.save
+_save_of_engine, _load_of_engine = engine.CheckpointManager.save, engine.CheckpointManager.load
 
 
 def use_checksums(verify: bool) -> None:
@@ -34,12 +34,26 @@ def use_checksums(verify: bool) -> None:
             load_step(state, Path(checkpoint_id), verify)
 
     engine.dcp = SimpleNamespace(save=partial(save, dcp.save), async_save=partial(save, dcp.async_save), load=load)
-    engine.CheckpointManager.save = _save
+    engine.CheckpointManager.save, engine.CheckpointManager.load = _save, _load
+
+
+def _load(manager: Any, step: int = -1) -> bool:
+    """Load a step, then prepare the validator, which needs the loaded step and weights."""
+    is_loaded = _load_of_engine(manager, step)
+    trainer = manager.states["train_state"]
+    if trainer.job_config.validation.enable:
+        trainer.validator.begin(trainer)
+    return is_loaded
 
 
 def _save(manager: Any, curr_step: int, last_step: bool = False) -> None:
+    settings = manager.states["train_state"].job_config.validation
+    can_stop = settings.enable and settings.patience and curr_step % settings.freq == 0
+    is_end = (last_step or can_stop) and manager._should_save(curr_step, last_step)
     try:
         _save_of_engine(manager, curr_step, last_step)
+        if is_end:
+            manager._async_wait()  # the checkpoint must be complete when the run ends
     except CheckpointException as error:
         folder = Path(manager.folder)
         if dist.get_rank() == 0:  # remove the incomplete step, because it fills the disk
@@ -47,5 +61,5 @@ def _save(manager: Any, curr_step: int, last_step: bool = False) -> None:
                 shutil.rmtree(path, ignore_errors=True)
         failure = first_failure(error)
         raise (failure if isinstance(failure, UserError | OSError) else error) from None
-    if last_step and manager._should_save(curr_step, last_step):
+    if is_end:
         manager._purge_stale_checkpoints()  # TorchTitan does not purge after the last save

@@ -82,7 +82,7 @@ RULES: list[tuple[str, Callable[[Any, Any], Any], str]] = [
     ("optimizer.name", lambda v, c: v in ("Adam", "AdamW"), "choose 'Adam' or 'AdamW'"),
     (
         "optimizer.lr optimizer.eps optimizer.weight_decay lr_scheduler.warmup_steps lr_scheduler.decay_ratio "
-        "lr_scheduler.min_lr_factor debug.seed loss.text_weight",
+        "lr_scheduler.min_lr_factor debug.seed loss.text_weight validation.patience",
         lambda v, c: v is None or 0 <= v < math.inf,
         "set a finite number of at least 0",
     ),
@@ -106,6 +106,22 @@ RULES: list[tuple[str, Callable[[Any, Any], Any], str]] = [
     # TorchTitan ignores initial weights if the checkpoint folder exists, and these two folders are created earlier.
     ("checkpoint.folder", lambda v, c: v not in (c.metrics.save_tb_folder, ASSETS_FOLDER), "choose another folder"),
     ("checkpoint.keep_latest_k", lambda v, c: v != 1, "set at least 2, or 0 to keep all checkpoints"),
+    # At an early stop, the step with the lowest loss must still be saved.
+    (
+        "validation.freq",
+        lambda v, c: not (c.validation.patience and c.checkpoint.enable) or v % c.checkpoint.interval == 0,
+        "set a multiple of checkpoint.interval ({checkpoint.interval}), because validation.patience is set",
+    ),
+    (
+        "checkpoint.keep_latest_k",
+        lambda v, c: v == 0 or v * c.checkpoint.interval > c.validation.patience * c.validation.freq,
+        "set 0, or more than validation.patience * validation.freq / checkpoint.interval",
+    ),
+    (
+        "checkpoint.last_save_in_hf",
+        lambda v, c: not (v and c.validation.patience),
+        "set false: a run that validation.patience stops does not save a model in this format",
+    ),
     ("optimizer.beta1 optimizer.beta2", lambda v, c: 0 <= v < 1, "set a number of at least 0 and below 1"),
     ("model.depth_train_fraction", lambda v, c: 0 < v <= 1, "set 1, or a smaller positive fraction"),
     ("model.depth_train_fraction", lambda v, c: v == 1 or not c.is_flattened, "set 1 for architecture 'flattened'"),
@@ -200,8 +216,12 @@ def check_files(job_config: Any) -> None:
     for section in ("training", *["validation"] * job_config.validation.enable):
         values = getattr(job_config, section)
         names, split = dataset_names(values), chosen_split(job_config, values)
-        if len(names) != 1 and (not names or section == "validation" or not all(map(is_store, names))):
-            remedy = "set one corpus, or (for training only) several corpora tokenised by scripts/tokenize_corpus.py"
+        if len(names) != 1 and not (names and all(map(is_store, names))):
+            remedy = "set one corpus, or several corpora tokenised by scripts/tokenize_corpus.py"
+            raise UserError(f"{section}.dataset is '{values.dataset}'; {remedy}")
+        labels = [*job_config.data.tasks, *(Path(name).name for name in names)]
+        if section == "validation" and len(names) > 1 and len({*labels}) < len(labels):
+            remedy = "rename folders until their names differ from each other and from data.tasks"
             raise UserError(f"{section}.dataset is '{values.dataset}'; {remedy}")
         for name in names:
             if not is_store(name):

@@ -1,10 +1,12 @@
 """TorchTitan's metrics and validator, with additional losses per level, useful tokens and seconds of audio."""
 
+import json
 import math
 import re
 import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +18,10 @@ from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import device_type
 from tqdm import tqdm
 
+from llama_mimi.common.distributed import broadcast_from_rank0, gather
 from llama_mimi.common.errors import UserError
-from llama_mimi.data.build import build_dataloader
+from llama_mimi.common.files import read_json, write_atomically
+from llama_mimi.data.build import build_dataloader, dataset_names
 from llama_mimi.data.dataloader import DataMeter
 from llama_mimi.data.packing import Batch
 from llama_mimi.training.loss import LevelMeter, level_fractions
@@ -37,6 +41,7 @@ PEAK_FLOPS = {
 }
 # Name of a group of metrics in the log. For validation, the name begins with "validation_".
 BITS = "admissible_bits_per_audio_second"
+VALIDATIONS = "validation.json"  # in the dump folder: loss and `BITS` by validated step and corpus
 
 
 def peak_flops(card: str) -> float | None:
@@ -111,18 +116,24 @@ class SpeechMetrics(MetricsProcessor):
         self.time_last_log = time.perf_counter()
         self.device_memory_monitor.reset_peak_stats()
 
-    def log_validation(self, step: int, start: float) -> None:
-        """Log a validation that began at time ``start``, and exclude its duration from the training time."""
+    def log_validation(self, step: int, start: float, further: str = "") -> dict[str, Any]:
+        """Log a validation that began at time ``start``, and exclude its duration from the training time.
+
+        Return the loss and the `BITS`. ``further``: folder name of a second or further corpus, for the metrics' names.
+        """
         sums = self._validation_meter.pop()  # a scalar if no rank had a batch
         if not sums.ndim or not self._sum(sums, "loss").any():  # summed in place
-            name = self.job_config.validation.dataset
+            name = further or self.job_config.validation.dataset
             raise UserError(f"validation.dataset '{name}' does not contain a usable clip; set another corpus")
         self.time_last_log += time.perf_counter() - start  # reading the sums waits for the device
         loss, by_level, levels = self._losses(sums, [1.0] * self.job_config.codec.num_quantizers)
-        by_level = {f"validation_{key.removeprefix('loss_')}": value for key, value in by_level.items()}
-        self.logger.log({"validation_metrics/loss": loss, **by_level}, step)
+        bits = {key.removeprefix(f"{BITS}/"): value for key, value in by_level.items() if key.startswith(BITS)}
+        metrics = {"metrics/loss": loss} | {key.removeprefix("loss_"): value for key, value in by_level.items()}
+        infix, label = (f"/{further}/", f"{further}  ") if further else ("/", "")
+        self.logger.log({f"validation_{key.replace('/', infix, 1)}": value for key, value in metrics.items()}, step)
         audio_seconds = self._audio_seconds(sums)
-        logger.info(f"validate step: {step}  loss: {loss:.5f}  {levels}  ({audio_seconds:,.0f} s of audio)")
+        logger.info(f"validate step: {step}  {label}loss: {loss:.5f}  {levels}  ({audio_seconds:,.0f} s of audio)")
+        return {"loss": loss, BITS: bits}
 
     def _audio_seconds(self, sums: torch.Tensor) -> float:
         """Return the length of the audio that the tasks predict."""
@@ -168,35 +179,78 @@ class SpeechMetrics(MetricsProcessor):
 
 
 class SpeechValidator(Validator):
-    """Validation whose loss is the mean over all targets, not over batches. The batches stay in memory."""
+    """Validation of each corpus, and early stopping.
+
+    A loss is the mean over all targets, not over batches. The batches stay in memory.
+    """
+
+    best_step = 0  # multiple of validation.freq with the lowest loss on the first corpus; 0: not validated yet
 
     def __init__(self, *, job_config: Any, dp_world_size: int, dp_rank: int, tokenizer: Any, **parts: Any) -> None:
         # Validator.__init__ would open a text corpus.
+        ranks = dp_world_size, dp_rank
         self.__dict__.update(parts, job_config=job_config, tokenizer=tokenizer)
-        self._loader = build_dataloader(dp_world_size, dp_rank, tokenizer, job_config, is_validation=True)
-        self._batches: list[Batch] | None = None
+        self._loaders = {
+            Path(name).name: build_dataloader(*ranks, tokenizer, job_config, is_validation=True, corpus=name)
+            for name in dataset_names(job_config.validation)
+        }
+        self._batches: dict[str, list[Batch]] = {}
+
+    def begin(self, trainer: Any) -> None:
+        """Read the validations up to the step that the trainer has loaded; stop at this step if the run stopped there.
+
+        If the run was killed between saving and validating this step, validate the step now.
+        """
+        step, folder = trainer.step, self.job_config.job.dump_folder
+        saved = broadcast_from_rank0(lambda: read_json(folder, VALIDATIONS)) or {}
+        self._validations = {int(number): found for number, found in saved.items() if int(number) <= step}
+        is_missing = step > 0 and self.should_validate(step) and step not in self._validations
+        if is_missing and self.job_config.validation.patience:
+            self.validate(trainer.model_parts, step)
+        else:
+            self._check_patience(step)
 
     @torch.no_grad()
     def validate(self, model_parts: list[nn.Module], step: int) -> None:
         (model,) = model_parts
         model.eval()
-        start = time.perf_counter()
-        for input_dict, labels in self._padded_batches():
-            labels = labels.to(device_type)
-            input_dict = {key: value.to(device_type) for key, value in input_dict.items()}
-            inputs, labels, extra_inputs, extra_kwargs = self.post_dataloading_process(input_dict, labels, model_parts)
-            with self.validation_context(), self.maybe_enable_amp:
-                self.loss_fn(model(inputs, **extra_inputs, **extra_kwargs), labels)  # adds to the validation meter
-        self.metrics_processor.log_validation(step, start)
+        found: dict[str, Any] = {}
+        for corpus in self._loaders:
+            start = time.perf_counter()
+            for input_dict, labels in self._padded_batches(corpus):
+                labels = labels.to(device_type)
+                input_dict = {key: value.to(device_type) for key, value in input_dict.items()}
+                inputs, labels, extra, kwargs = self.post_dataloading_process(input_dict, labels, model_parts)
+                with self.validation_context(), self.maybe_enable_amp:
+                    self.loss_fn(model(inputs, **extra, **kwargs), labels)  # adds to the validation meter
+            found[corpus] = self.metrics_processor.log_validation(step, start, corpus if found else "")
         model.train()
+        self._validations[step] = gather(found)[0]  # all ranks must decide on the same numbers
+        content = json.dumps(self._validations, indent=1).encode()
+        broadcast_from_rank0(lambda: write_atomically(self.job_config.job.dump_folder, VALIDATIONS, content))
+        self._check_patience(step)
 
-    def _padded_batches(self) -> Iterator[Batch]:
+    def _check_patience(self, step: int) -> None:
+        """Stop training at this step if the loss has not become lower in ``validation.patience`` validations."""
+        settings, corpus = self.job_config.validation, next(iter(self._loaders))
+        # Step 1 is validated, too, but not always saved.
+        counted = {number: found for number, found in self._validations.items() if number % settings.freq == 0}
+        losses = {number: found[corpus]["loss"] for number, found in counted.items() if corpus in found}
+        self.best_step = min(losses, key=losses.__getitem__, default=0)
+        if 0 < settings.patience <= sum(number > self.best_step for number in losses):
+            self.job_config.training.steps = step  # ends TorchTitan's loop
+            reason = f"the loss on {corpus} has not become lower since step {self.best_step}"
+            logger.info(f"training stops at step {step}: {reason}; set a higher validation.patience to continue")
+
+    def _padded_batches(self, corpus: str) -> Iterator[Batch]:
         """Yield this rank's batches, then empty batches until all ranks are done: a sharded model needs all ranks."""
+        loader = self._loaders[corpus]
         bar: dict[str, Any] = {"unit": "batch", "delay": 10, "mininterval": 10, "disable": dist.get_rank() > 0}
-        if self._batches is None:
-            self._batches = list(tqdm(self._loader, "reading validation clips", **bar))
-        num_batches = torch.tensor(len(self._batches), device=device_type)
+        if corpus not in self._batches:
+            self._batches[corpus] = list(tqdm(loader, "reading validation clips", **bar))
+        batches = self._batches[corpus]
+        num_batches = torch.tensor(len(batches), device=device_type)
         dist.all_reduce(num_batches, op=dist.ReduceOp.MAX)
-        yield from tqdm(self._batches, "validation", **bar)
-        for _ in range(int(num_batches) - len(self._batches)):
-            yield self._loader.empty_batch()
+        yield from tqdm(batches, "validation", **bar)
+        for _ in range(int(num_batches) - len(batches)):
+            yield loader.empty_batch()
