@@ -12,13 +12,7 @@ import torch
 from transformers import CsmConfig, CsmDepthDecoderConfig, MimiModel
 
 from llama_mimi.audio.mimi import load_codec_config
-from llama_mimi.checkpoint.huggingface import (
-    NETWORK_KEYS,
-    LlamaMimiStateDictAdapter,
-    hf_config,
-    model_args,
-    on_whole,
-)
+from llama_mimi.checkpoint.huggingface import NETWORK_KEYS, LlamaMimiStateDictAdapter, hf_config, model_args, on_whole
 from llama_mimi.common.hub import load_pretrained
 from llama_mimi.model.llama import LlamaMimiArgs
 
