@@ -15,6 +15,7 @@ SCRIPT = ROOT / "scripts" / "dry_run.py"
 TINY_FLAGS = ["--job.config_file", "config/tiny.toml"]
 LORA_FLAGS = [*TINY_FLAGS, "--model.converters", "lora", "--checkpoint.initial_load_in_hf"]
 HSDP_TP = ["--parallelism.data_parallel_replicate_degree", "2", "--parallelism.tensor_parallel_degree", "2"]
+FLOAT8 = ["--model.converters", "quantize.linear.float8"]
 CASES = {  # name: number of GPUs, True if a step is taken, flags
     "tiny": (8, True, TINY_FLAGS),
     "tiny, content": (8, True, TINY_FLAGS),
@@ -23,6 +24,8 @@ CASES = {  # name: number of GPUs, True if a step is taken, flags
     "tiny, full checkpointing": (8, True, [*TINY_FLAGS, "--activation_checkpoint.mode", "full"]),
     "tiny, lora": (1, True, LORA_FLAGS),
     "tiny, lora, content": (1, True, LORA_FLAGS),
+    "tiny, float8": (8, True, [*TINY_FLAGS, *FLOAT8]),
+    "tiny, float8, content": (8, True, [*TINY_FLAGS, *FLOAT8]),
     "tiny, hsdp and tp": (8, True, [*TINY_FLAGS, *HSDP_TP]),
     "8B, 64": (64, False, ["--job.config_file", "config/llama3_1_8b.toml"]),
 }
@@ -108,6 +111,12 @@ def test_the_profiler_agrees(found):
     assert own["peak"] == pytest.approx(real["profiled"], rel=0.05)
     assert own["gradients"] < own["parameters"] / 3
     assert own["optimizer states"] == pytest.approx(2 * own["gradients"], abs=1024)
+
+
+def test_float8_takes_the_memory_that_it_takes_with_content(found):
+    own, real = found["tiny, float8"], found["tiny, float8, content"]
+    assert all(own[key] == pytest.approx(real[key], abs=1024) for key in own.keys() - {"meshes"})
+    assert own["peak"] == pytest.approx(real["profiled"], rel=0.05)
 
 
 def test_meshes_are_as_configured(found):

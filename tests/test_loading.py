@@ -15,7 +15,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from llama_mimi.audio.mimi import MimiCodec, local_codec
-from llama_mimi.checkpoint.architectures import check_initial_weights, save_run_record, speech_config
+from llama_mimi.checkpoint.architectures import (
+    check_initial_weights,
+    save_run_record,
+    speech_config,
+    state_dict_adapter,
+)
 from llama_mimi.checkpoint.conversion import convert_checkpoint, prepare_base_model
 from llama_mimi.checkpoint.huggingface import model_args
 from llama_mimi.common.errors import UserError
@@ -71,7 +76,7 @@ def test_wrong_weights_are_refused(kind, folder, capfd):
     capfd.readouterr()
     for load in (
         lambda name: load_speech_model(name, device="cpu"),
-        lambda name: check_initial_weights(name, args),
+        lambda name: check_initial_weights(name, state_dict_adapter(args, name)),
     ):
         with pytest.raises(UserError) as error:
             load(str(folder))
@@ -128,7 +133,7 @@ def test_harmless_differences_are_accepted(folder, tmp_path):
     change_weights(folder, add)
     decoder = load_speech_model(str(folder), device="cpu").decoder
     assert all(torch.equal(decoder.state_dict()[name], weight) for name, weight in wanted.items())
-    check_initial_weights(str(folder), model_args(decoder.config))
+    check_initial_weights(str(folder), state_dict_adapter(model_args(decoder.config), str(folder)))
 
     GPT2LMHeadModel(GPT2Config(vocab_size=8, n_positions=8, n_embd=8, n_layer=1, n_head=1)).save_pretrained(tmp_path)
     old = {f"transformer.h.0.attn.{name}": torch.ones(1) for name in ("bias", "masked_bias")}

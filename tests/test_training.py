@@ -68,8 +68,8 @@ def start(num_ranks: int, dump_folder: Path, settings: dict[str, Any], **own: An
     return ForkedRanks(num_ranks, command, dump_folder / "log.txt", **own)
 
 
-def train(num_ranks: int, dump_folder: Path, settings: dict[str, Any]) -> dict[int, float]:
-    ranks = start(num_ranks, dump_folder, settings)
+def train(num_ranks: int, dump_folder: Path, settings: dict[str, Any], **own: Any) -> dict[int, float]:
+    ranks = start(num_ranks, dump_folder, settings, **own)
     assert ranks.wait() == 0, ranks.output[-4000:]
     return losses(dump_folder)
 

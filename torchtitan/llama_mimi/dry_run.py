@@ -26,6 +26,7 @@ from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import _disable_current_modes
 from torchtitan.components.optimizer import build_optimizers
+from torchtitan.components.quantization import float8
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import utils as dist_utils
@@ -113,6 +114,7 @@ def prepare(args: list[str], num_gpus: int) -> tuple[Any, ParallelDims]:
         settings = "parallelism.context_parallel_degree, training.enable_cpu_offload"
         raise UserError(f"the dry run supports none of these settings: {settings}; remove them")
     job_config.compile.enable = False
+    llama_mimi.train_spec.keep_output_matrix(job_config)
     torch.distributed.init_process_group("fake", rank=0, world_size=num_gpus)
     parallel_dims = Trainer.init_distributed(SimpleNamespace(job_config=job_config))
     parallel_dims.build_mesh()
@@ -126,7 +128,8 @@ def build_model(job_config: Any, parallel_dims: ParallelDims) -> nn.Module:
     args.update_from_config(job_config)
     with torch.device("meta"), set_default_dtype(TORCH_DTYPE_MAP[job_config.training.dtype]):
         model = train_spec.model_cls(args)
-    build_model_converters(job_config, parallel_dims).convert(model)
+    with patch.object(float8, "has_cuda_capability", lambda *capability: True):  # TorchTitan refuses float8 on a CPU
+        build_model_converters(job_config, parallel_dims).convert(model)
     is_half = "float32" not in (job_config.training.mixed_precision_param, "")
     for attention in (module for module in model.modules() if isinstance(module, Attention)):
         if attention.attn_type == "sdpa" and not is_half:

@@ -11,8 +11,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 
 from llama_mimi.audio.mimi import load_codec_config
-from llama_mimi.checkpoint.architectures import save_run_record, speech_config
-from llama_mimi.checkpoint.huggingface import LlamaMimiStateDictAdapter
+from llama_mimi.checkpoint.architectures import save_run_record, speech_config, state_dict_adapter
 from llama_mimi.checkpoint.lora import adapter_config
 from llama_mimi.common.command_line import report_errors
 from llama_mimi.common.distributed import end_with_torchrun, report_error_once
@@ -39,8 +38,13 @@ def build_tokenizer(job_config: Any) -> SpeechTokenizer:
     sys.excepthook = report_uncaught
     prepare_run(job_config)
     use_checksums(job_config.checkpoint.verify)
-    job_config.quantize.linear.float8.filter_fqns.append("output")  # the loss reads the unconverted output matrix
+    keep_output_matrix(job_config)
     return build_speech_tokenizer(job_config)
+
+
+def keep_output_matrix(job_config: Any) -> None:
+    """Exclude the output matrix from the conversion to float8, because the loss reads the unconverted matrix."""
+    job_config.quantize.linear.float8.filter_fqns.append("output")
 
 
 def report_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -100,6 +104,6 @@ register_train_spec(
         build_loss_fn=build_loss,
         build_validator_fn=build_validator,
         build_metrics_processor_fn=build_metrics,
-        state_dict_adapter=LlamaMimiStateDictAdapter,
+        state_dict_adapter=state_dict_adapter,
     ),
 )

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import MimiConfig, MimiModel
+from transformers import MimiConfig, MimiModel, PreTrainedConfig
 from transformers.utils import cached_file
 
 from llama_mimi.common.batching import bucket_by_length
@@ -53,6 +53,25 @@ def whole_frames(seconds: float, config: MimiConfig, setting: str = "data.max_au
     if not frames:
         raise UserError(f"{setting} is {seconds}, less than one codec frame; set {setting} to a larger value")
     return frames
+
+
+def is_released(config: PreTrainedConfig) -> bool:
+    """Return True if the config is of Llama-Mimi's first release: the entry for the sliding window is missing."""
+    return not hasattr(config, "codec_sliding_window")
+
+
+def is_trained(config: PreTrainedConfig) -> bool:
+    """Return True for a trained Llama-Mimi, and False for a base model, even if its vocabulary has audio tokens.
+
+    scripts/prepare_base_model.py writes the entries ``num_quantizers`` and ``codec``. The first release has only
+    ``num_quantizers``, and a converted model also has ``codec_sliding_window``.
+    """
+    return hasattr(config, "num_quantizers") and not (is_released(config) and hasattr(config, "codec"))
+
+
+def has_sliding_window(config: PreTrainedConfig) -> bool:
+    """Return True if a model was trained with a sliding window in the codec; False for Llama-Mimi's first release."""
+    return not is_released(config) and config.codec_sliding_window
 
 
 class MimiCodec:
@@ -148,10 +167,10 @@ class MimiCodec:
 
 
 @lru_cache(maxsize=4)
-def codec_hash(name: str) -> str:
-    """Return the SHA-256 of the weights of a codec (hub id or folder)."""
+def codec_hash(name: str, local_files_only: bool = False) -> str:
+    """Return the SHA-256 of the weights of a codec (hub id or folder). ``local_files_only``: do not use the network."""
     try:
-        path = cached_file(name, "model.safetensors")
+        path = cached_file(name, "model.safetensors", local_files_only=local_files_only)
     except OSError as error:
         problem = f"the weights of the codec '{name}' could not be read ({first_line(error)})"
         raise UserError(f"{problem}; check the name and the network, or copy the codec's folder again") from error

@@ -1,6 +1,7 @@
 """Hugging Face folders: a flattened model is saved as a Llama, a hierarchical model as a CSM."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,12 +10,13 @@ import torch
 import torch.distributed as dist
 from transformers import AutoConfig, CsmForConditionalGeneration, LlamaForCausalLM, PreTrainedConfig
 
-from llama_mimi.checkpoint.csm import csm_args, csm_config, csm_state
+from llama_mimi.audio.mimi import has_sliding_window, is_released, is_trained
+from llama_mimi.checkpoint.csm import AUDIO_TABLES, CsmStateDictAdapter, csm_args, csm_config, csm_state
 from llama_mimi.checkpoint.huggingface import LlamaMimiStateDictAdapter, hf_config, llama_state, model_args, save_folder
 from llama_mimi.checkpoint.lora import ADAPTER_CONFIG
-from llama_mimi.common.choices import Architecture
+from llama_mimi.common.choices import DEFAULT_CODEC, Architecture
 from llama_mimi.common.errors import UserError, first_line
-from llama_mimi.common.files import write_atomically
+from llama_mimi.common.files import read_json, write_atomically
 from llama_mimi.common.hub import load_pretrained, require_no_difference
 from llama_mimi.model.architectures import build_model
 from llama_mimi.model.llama import LlamaMimiArgs
@@ -39,11 +41,16 @@ KINDS: dict[Architecture, FolderKind] = {
 }
 
 
-def check_initial_weights(folder: str, args: LlamaMimiArgs) -> None:
+def state_dict_adapter(args: LlamaMimiArgs, folder: str) -> LlamaMimiStateDictAdapter:
+    """Return TorchTitan's adapter for initial weights in a folder, which contains a Llama or a converted CSM."""
+    is_csm = (read_json(folder, "config.json") or {}).get("model_type") == "csm"
+    return (CsmStateDictAdapter if is_csm else LlamaMimiStateDictAdapter)(args, folder)
+
+
+def check_initial_weights(folder: str, adapter: LlamaMimiStateDictAdapter) -> None:
     """Raise a `UserError` if safetensors are damaged, or if the names or shapes of tensors differ from the model's."""
     with torch.device("meta"):
-        model = build_model(args)
-    adapter = LlamaMimiStateDictAdapter(args, None)
+        model = build_model(adapter.model_args)
     wanted = adapter.to_hf(model.state_dict())
     try:
         found = adapter.get_hf_storage_reader(folder).read_metadata().state_dict_metadata
@@ -51,8 +58,10 @@ def check_initial_weights(folder: str, args: LlamaMimiArgs) -> None:
         raise UserError(
             f"the weights in '{folder}' are damaged ({first_line(error)}); copy the folder again"
         ) from error
-    # Training does not load `lm_head` into models with tied embeddings or with the hierarchical architecture.
-    unexpected = {key for key in found.keys() - wanted.keys() - {"lm_head.weight"} if "rotary_emb" not in key}
+    # Training reads neither copies nor the output matrices of text that the model of this run does not have.
+    unused = {"lm_head.weight", "text_head.weight", *AUDIO_TABLES}
+    others = found.keys() - wanted.keys() - unused
+    unexpected = {key for key in others if not re.search(r"rotary_emb|^codec_model\.", key)}
     reshaped = {key for key in found.keys() & wanted.keys() if found[key].size != wanted[key].shape}
     wrong = {"missing": wanted.keys() - found.keys(), "unexpected": unexpected, "of another shape": reshaped}
     require_no_difference(wrong, f"'{folder}' does not contain the initial weights of this run", "model")
@@ -66,6 +75,20 @@ def load_config(folder: str, what: str) -> tuple[PreTrainedConfig, FolderKind]:
         problem = f"'{folder}' is a model of type '{config.model_type}'"
         raise UserError(f"{problem}; choose a {what} of one of these types: {', '.join(kinds)}")
     return config, kinds[config.model_type]
+
+
+def describe(config: PreTrainedConfig) -> str:
+    """Describe a model for the log, from its configuration."""
+    if not is_trained(config):
+        return "a base model that was not trained on audio"
+    (architecture,) = (name for name, kind in KINDS.items() if isinstance(config, kind.stock_class.config_class))
+    attention = "sliding-window attention" if has_sliding_window(config) else "unlimited attention"
+    codec = f"codec '{getattr(config, 'codec', DEFAULT_CODEC)}' with {attention}"
+    release = " (first release)" if is_released(config) else ""
+    parts = [f"a {architecture} Llama-Mimi{release}", f"Q = {config.num_quantizers}", codec]
+    if hasattr(config, "tasks"):
+        parts += [f"tasks {' '.join(config.tasks)}", f"up to {config.max_audio_seconds:g} s"]
+    return ", ".join(parts)
 
 
 def speech_config(

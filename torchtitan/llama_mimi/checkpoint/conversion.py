@@ -7,9 +7,9 @@ from typing import Any
 
 import jinja2
 import torch
-from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
-from llama_mimi.audio.mimi import DTYPES, load_codec_config, local_codec
+from llama_mimi.audio.mimi import DTYPES, is_trained, load_codec_config, local_codec
 from llama_mimi.checkpoint.architectures import find_run_record, load_config
 from llama_mimi.checkpoint.csm import codec_state
 from llama_mimi.checkpoint.dcp import find_step, load_model_state
@@ -89,7 +89,10 @@ def prepare_base_model(
 ) -> None:
     """Add the audio tokens of a codec to a Hugging Face Llama; see scripts/prepare_base_model.py."""
     codebook_size = load_codec_config(codec, num_quantizers).codebook_size
-    config = load_pretrained(LlamaConfig, base_model, what="base model")
+    config, _ = load_config(base_model, "base model")
+    if is_trained(config):
+        remedy = "set model.hf_assets_path to this folder, and checkpoint.initial_load_in_hf to true, in a config"
+        raise UserError(f"'{base_model}' is a Llama-Mimi, which already has audio tokens; {remedy}")
     tokenizer = load_pretrained(AutoTokenizer, base_model, what="tokenizer")
     if config.vocab_size != len(tokenizer):
         found = f"'{base_model}' has {config.vocab_size} embeddings, but its tokenizer has {len(tokenizer)} tokens"

@@ -9,16 +9,18 @@ level is the end of the speech. K is also the padding code.
 from typing import Any
 
 import torch
-from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
 from transformers import CsmConfig, CsmDepthDecoderConfig, MimiModel
 
 from llama_mimi.audio.mimi import load_codec_config
-from llama_mimi.checkpoint.huggingface import NETWORK_KEYS, hf_config, model_args
+from llama_mimi.checkpoint.huggingface import NETWORK_KEYS, LlamaMimiStateDictAdapter, hf_config, model_args, on_whole
 from llama_mimi.common.hub import load_pretrained
 from llama_mimi.model.llama import LlamaMimiArgs
 
 # Names of the two networks in CSM.
 BACKBONE, DEPTH = "backbone_model", "depth_decoder.model"
+# Names of the output matrices of levels 1 to Q - 1, and of the embeddings of codes.
+HEADS = "depth_decoder.codebooks_head.weight"
+AUDIO_TABLES = (f"{BACKBONE}.embed_tokens.embed_audio_tokens.weight", f"{DEPTH}.embed_tokens.weight")
 
 
 def csm_config(args: LlamaMimiArgs, **extra: Any) -> CsmConfig:
@@ -65,35 +67,52 @@ def csm_args(config: CsmConfig) -> LlamaMimiArgs:
     return args
 
 
+class CsmStateDictAdapter(LlamaMimiStateDictAdapter):
+    """TorchTitan's adapter for initial weights from a converted folder, without the copies that `csm_state` adds."""
+
+    def __init__(self, args: LlamaMimiArgs, hf_assets_path: str | None) -> None:
+        super().__init__(args, hf_assets_path)
+        networks = ("", BACKBONE, args), ("depth.", DEPTH, args.depth)
+        self._networks = [(prefix, name, LlamaMimiStateDictAdapter(own, None)) for prefix, name, own in networks]
+        names = {"tok_embeddings": "embed_text_tokens", "depth.projection": f"{DEPTH}.inputs_embeds_projector"}
+        if not (args.predicts_text and args.enable_weight_tying):
+            names["output"] = "text_head" if args.predicts_text else "lm_head"
+        self._names = {f"{key}.weight": f"{name}.weight" for key, name in names.items()}
+
+    def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        theirs = {name: state_dict[key] for key, name in self._names.items()}
+        for prefix, name, adapter in self._networks:
+            parts = (f"{prefix}layers.", f"{prefix}norm.")
+            own = {key.removeprefix(prefix): weight for key, weight in state_dict.items() if key.startswith(parts)}
+            theirs |= {key.replace("model", name, 1): weight for key, weight in adapter.to_hf(own).items()}
+        theirs[HEADS] = on_whole(self._split_heads, state_dict["depth.heads.weight"])
+        return theirs
+
+    def from_hf(self, hf_state_dict: dict[str, Any]) -> dict[str, Any]:
+        state = {key: hf_state_dict[name] for key, name in self._names.items()}
+        for prefix, name, adapter in self._networks:
+            parts = (f"{name}.layers.", f"{name}.norm.")
+            own = {key.replace(name, "model", 1): w for key, w in hf_state_dict.items() if key.startswith(parts)}
+            state |= {prefix + key: weight for key, weight in adapter.from_hf(own).items()}
+        state["depth.heads.weight"] = on_whole(lambda heads: heads.mT.flatten(0, 1), hf_state_dict[HEADS])
+        return state
+
+    def _split_heads(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.unflatten(0, (self.model_args.num_quantizers - 1, -1)).mT.contiguous()
+
+
 def csm_state(state: dict[str, torch.Tensor], args: LlamaMimiArgs) -> dict[str, torch.Tensor]:
     """Convert a model's weights to the names and shapes of `CsmForConditionalGeneration`; omit the codec's weights."""
-    theirs: dict[str, torch.Tensor] = {}
-    for prefix, name, network in (("", BACKBONE, args), ("depth.", DEPTH, args.depth)):
-        parts = (f"{prefix}layers.", f"{prefix}norm.")
-        own = {key.removeprefix(prefix): weight for key, weight in state.items() if key.startswith(parts)}
-        for key, weight in Llama3StateDictAdapter(network, None).to_hf(own).items():
-            theirs[key.replace("model", name, 1)] = weight
+    theirs = CsmStateDictAdapter(args, None).to_hf(state)
     K, Q, vocabulary = args.codebook_size, args.num_quantizers, args.vocabulary
     # Rows are sorted by level. Each level has its K codes, then the end, which is `</audio>` at every level.
     ids_KQ = vocabulary.ids_from_codes(torch.arange(K)[:, None].expand(K, Q)).view(K, Q)
     rows = torch.cat([ids_KQ, torch.full((1, Q), vocabulary.audio_end_id)]).T.flatten()
     table_VD = state["tok_embeddings.weight"]
-    codes_QD = table_VD[rows]
-    output_VD = state.get("output.weight", table_VD)
-    text_head = {"text_head.weight": output_VD} if args.predicts_text and not args.enable_weight_tying else {}
-    heads_qVD = state["depth.heads.weight"].unflatten(0, (Q - 1, -1))
-    return (
-        theirs
-        | text_head
-        | {
-            "embed_text_tokens.weight": table_VD,
-            f"{BACKBONE}.embed_tokens.embed_audio_tokens.weight": codes_QD,
-            f"{DEPTH}.embed_tokens.weight": codes_QD,
-            "lm_head.weight": output_VD[rows[: K + 1]] if args.predicts_text else output_VD,
-            f"{DEPTH}.inputs_embeds_projector.weight": state["depth.projection.weight"],
-            "depth_decoder.codebooks_head.weight": heads_qVD.transpose(1, 2).contiguous(),
-        }
-    )
+    theirs |= dict.fromkeys(AUDIO_TABLES, table_VD[rows])
+    if args.predicts_text:
+        theirs["lm_head.weight"] = state.get("output.weight", table_VD)[rows[: K + 1]]
+    return theirs
 
 
 def codec_state(config: CsmConfig, codec: str) -> dict[str, torch.Tensor]:

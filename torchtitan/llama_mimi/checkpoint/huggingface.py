@@ -1,6 +1,7 @@
 """Conversion between TorchTitan's Llama and a Hugging Face folder: configuration, files and names of weights."""
 
 import json
+from collections.abc import Callable
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -133,18 +134,16 @@ class LlamaMimiStateDictAdapter(Llama3StateDictAdapter):
         return super().to_hf(state_dict)
 
     def _permute(self, weight: torch.Tensor, num_heads: int, *shape: int) -> torch.Tensor:
-        return _as_one(super()._permute, weight, num_heads)  # without ``shape``: an update has fewer columns
+        return on_whole(super()._permute, weight, num_heads)  # without ``shape``: an update has fewer columns
 
     def _reverse_permute(self, weight: torch.Tensor, num_heads: int, *shape: int) -> torch.Tensor:
-        return _as_one(super()._reverse_permute, weight, num_heads)
+        return on_whole(super()._reverse_permute, weight, num_heads)
 
 
-def _as_one(reorder: Any, weight: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Gather a matrix from all ranks, reorder its rows, and return the shard of this rank."""
+def on_whole(change: Callable[..., torch.Tensor], weight: torch.Tensor, *args: Any) -> torch.Tensor:
+    """Gather a matrix from all ranks, apply ``change``, and return the shard of this rank."""
     if not isinstance(weight, DTensor):
-        return reorder(weight, num_heads)
+        return change(weight, *args)
     mesh = weight.device_mesh
-    whole = DTensor.from_local(
-        reorder(weight.full_tensor(), num_heads), mesh, [Replicate()] * mesh.ndim, run_check=False
-    )
+    whole = DTensor.from_local(change(weight.full_tensor(), *args), mesh, [Replicate()] * mesh.ndim, run_check=False)
     return whole.redistribute(placements=weight.placements)

@@ -78,7 +78,12 @@ def decode_with_bar(model: SpeechModel, requests: Sequence[Request], options: Sa
     The time left assumes the maximum length for every sample. When a sample ends earlier, the shown total decreases.
     """
     sampling, num_new = for_model(options, model), [0] * len(requests)
-    shown: dict[str, Any] = {"desc": "new audio", "unit_scale": 1 / model.codec.frame_rate_hz, "leave": None}
+    window, rate_hz = sampling.window_frames, model.codec.frame_rate_hz
+    if number := sum(len(request.prompt_TQ) >= window for request in requests):
+        seen = f"the first {window // 4 / rate_hz:.1f} s and the last {window // 2 / rate_hz:.1f} s"
+        problem = f"prompts that fill the model's context of {window / rate_hz:.1f} s: {number:,}"
+        print(f"{problem}; the model sees only {seen} of each of these prompts", flush=True)
+    shown: dict[str, Any] = {"desc": "new audio", "unit_scale": 1 / rate_hz, "leave": None}
     shown["bar_format"] = "{desc}: {n:.1f} of {total:.1f} s [{elapsed}, left: {remaining}]"
     total = len(requests) * sampling.max_frames
     with tqdm(total=total, disable=not is_first_rank(), delay=1, mininterval=1, **shown) as progress:

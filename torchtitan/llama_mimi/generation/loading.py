@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer, CsmForConditionalGeneration, LlamaForCausalLM
 
-from llama_mimi.audio.mimi import MimiCodec, local_codec
+from llama_mimi.audio.mimi import MimiCodec, has_sliding_window, local_codec
 from llama_mimi.common.choices import DEFAULT_CODEC, Architecture, GenerationPrecision
 from llama_mimi.common.cpu import available_device
 from llama_mimi.common.errors import UserError
@@ -53,7 +53,7 @@ def load_speech_model(
         raise UserError(f"{problem}; convert a training checkpoint with scripts/convert_dcp_to_hf.py")
     named = getattr(decoder.config, "codec", None) or DEFAULT_CODEC
     if sliding_window is None:
-        sliding_window = getattr(decoder.config, "codec_sliding_window", False)  # missing in the first release
+        sliding_window = has_sliding_window(decoder.config)
     codec_name = codec_name or local_codec(named, model_name) or named
     codec = MimiCodec(codec_name, num_quantizers, place, sliding_window=sliding_window)
     text_tokenizer = load_pretrained(AutoTokenizer, model_name, what="tokenizer")

@@ -66,7 +66,9 @@ def run_inference(options: InferenceOptions) -> None:
         records = draw_samples(model, prompts, output_dir, sampling, num_rows, ranks, made_by, transcribes)
     if ranks.rank == 0:
         failed = [record["error"] for record in records if "error" in record]
-        print(f"{len(records) - len(failed):,} results are in {output_dir}; see {output_dir / RESULTS}")
+        empty = sum(record.get("frames") == 0 for record in records)
+        without = f", {empty:,} of them without new audio, because the model ended at once" if empty else ""
+        print(f"{len(records) - len(failed):,} results are in {output_dir}{without}; see {output_dir / RESULTS}")
         if failed:
             raise UserError(f"{len(failed):,} inputs failed; the first error: {failed[0]}")
 

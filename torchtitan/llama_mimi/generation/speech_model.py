@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from llama_mimi.audio.mimi import DTYPES, MimiCodec
+from llama_mimi.audio.mimi import DTYPES, MimiCodec, is_released
 from llama_mimi.common.choices import AUDIO_TARGETS, LastFrame, Task
 from llama_mimi.common.errors import UserError
 from llama_mimi.generation.kv_cache import BatchedKVCache
@@ -51,7 +51,7 @@ class SpeechModel(ABC):
     @property
     def last_frame(self) -> LastFrame:
         """Encoding of partial last frames of training clips: 'codec' or 'pad'."""
-        return "pad" if hasattr(self.decoder.config, "codec_sliding_window") else "codec"  # Llama-Mimi's first release
+        return "codec" if is_released(self.decoder.config) else "pad"
 
     @property
     def end_entry(self) -> int:

@@ -132,6 +132,6 @@ def extend_tokenizer(
     found = len(tokenizer), ids.get("<0_0>"), ids.get(f"<{K - 1}_{Q - 1}>")
     if found != (vocabulary.size, vocabulary.base, vocabulary.audio_start_id - 1):
         problem = f"the audio tokens of '{tokenizer.name_or_path}' do not fit {Q} quantizers with {K} codes"
-        remedy = "use the codec and num_quantizers that were given to scripts/prepare_base_model.py"
+        remedy = "use the codec and num_quantizers for which this tokenizer was prepared"
         raise UserError(f"{problem}; {remedy}")
     return tokenizer, vocabulary

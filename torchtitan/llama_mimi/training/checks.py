@@ -19,11 +19,19 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
 from transformers import PreTrainedConfig
 
-from llama_mimi.checkpoint.architectures import ASSETS_FOLDER, check_initial_weights, load_config, speech_config
+from llama_mimi.audio.mimi import codec_hash, has_sliding_window, is_trained, local_codec
+from llama_mimi.checkpoint.architectures import (
+    ASSETS_FOLDER,
+    check_initial_weights,
+    describe,
+    load_config,
+    speech_config,
+    state_dict_adapter,
+)
 from llama_mimi.checkpoint.dcp import complete_steps, is_distributed, read_index, set_aside_incomplete, set_aside_later
 from llama_mimi.checkpoint.huggingface import NETWORK_KEYS, hf_config
 from llama_mimi.checkpoint.lora import ADAPTER_CONFIG, adapter_config
-from llama_mimi.common.choices import LORA_TARGETS, Task
+from llama_mimi.common.choices import DEFAULT_CODEC, LORA_TARGETS, Task
 from llama_mimi.common.distributed import broadcast_from_rank0
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import LOCK, locked, read_json, write_atomically
@@ -233,43 +241,66 @@ def _check_model(job_config: Any) -> None:
     model, codec, settings = job_config.model, job_config.codec, job_config.checkpoint
     flags = f"--codec {codec.name} --num_quantizers {codec.num_quantizers} --vocabulary {model.vocabulary}"
     prepare = f"`scripts/prepare_base_model.py {flags}`"
-    assets = f"model.hf_assets_path '{model.hf_assets_path}'"
-    if not Path(model.hf_assets_path).is_dir():
-        raise UserError(f"{assets} is not a folder; create the folder with {prepare}")
+    assets, folder = f"model.hf_assets_path '{model.hf_assets_path}'", Path(model.hf_assets_path)
+    if not folder.is_dir():
+        download = "download a Llama-Mimi with `uv run hf download`"
+        raise UserError(f"{assets} is not a folder; create the folder with {prepare}, or {download}")
+    if not (folder / "config.json").is_file() and (folder / ADAPTER_CONFIG).is_file():
+        raise UserError(f"{assets} contains only a LoRA adapter; choose the parent folder, with the merged model")
     tokenizer = build_speech_tokenizer(job_config)
     if model.vocabulary == "llama" and not has_text(tokenizer.text_tokenizer):
         remedy = f"set model.vocabulary to 'audio', or create a folder with {prepare}"
         raise UserError(f"{assets} lacks text tokens; {remedy}")
 
     def entries(config: PreTrainedConfig, keys: tuple[str, ...]) -> dict[str, Any]:
-        return {key: getattr(config, key, None) for key in keys}
+        found = {key: getattr(config, key, None) for key in keys}
+        depth = getattr(config, "depth_decoder_config", None)
+        return found | ({"depth_decoder_config": entries(depth, NETWORK_KEYS)} if depth else {})
 
     args = copy.copy(FLAVORS[model.flavor])
-    wanted = entries(hf_config(args), MODEL_KEYS)
+    llama = hf_config(args)
     args.update_from_config(job_config)
+    own = speech_config(args, tokenizer, codec.name, codec.sliding_window)
     # For a shape such as "768x8" with random weights, training reads only the tokenizer in the folder.
     if settings.initial_load_in_hf or not SHAPE.fullmatch(model.flavor):
         base, _ = load_config(model.hf_assets_path, "model")
-        found = entries(base, MODEL_KEYS)
-        remedy = f"set model.flavor and codec.sliding_window to fit the folder, or create another folder with {prepare}"
-        require_same(found, wanted, assets, remedy)
+        # The backbone of a hierarchical model can also start from a Llama.
+        wanted = entries(own if base.model_type == own.model_type else llama, MODEL_KEYS)
+        to_fit = "model.architecture, model.flavor, model.vocabulary, data.tasks and codec.sliding_window"
+        remedy = f"set {to_fit} to fit the folder, or create another folder with {prepare}"
+        require_same(entries(base, MODEL_KEYS), wanted, assets, remedy)
     if settings.initial_load_in_hf:
-        wanted, found = {"vocab_size": tokenizer.vocabulary.size}, {"vocab_size": base.vocab_size}
-        # A folder from prepare_base_model names a codec, but its model was not trained on codes.
-        is_released = hasattr(base, "num_quantizers") and not hasattr(base, "codec")
-        if is_released or hasattr(base, "codec_sliding_window"):
+        wanted = {"vocab_size": tokenizer.vocabulary.size}
+        found = {"vocab_size": getattr(base, "text_vocab_size", base.vocab_size)}
+        if args.predicts_text and base.model_type == "csm":
+            wanted["text_head"], found["text_head"] = own.text_head, getattr(base, "text_head", None)
+        if is_trained(base):
             wanted["codec.sliding_window"] = codec.sliding_window
-            found["codec.sliding_window"] = getattr(base, "codec_sliding_window", False)
+            found["codec.sliding_window"] = has_sliding_window(base)
+            _check_codec(codec.name, base, model.hf_assets_path)
         require_same(found, wanted, assets, remedy)
-        check_initial_weights(settings.initial_load_path or model.hf_assets_path, args)
+        source = settings.initial_load_path or model.hf_assets_path
+        check_initial_weights(source, state_dict_adapter(args, model.hf_assets_path))
+        if not complete_steps(checkpoint_folder(job_config)):
+            logger.info(f"initial weights: '{source}', {describe(base)}")
     record = Path(job_config.job.dump_folder, ASSETS_FOLDER)
     if checkpoint_folder(job_config).is_dir() and record.is_dir():
         earlier, _ = load_config(str(record), "run record")
-        own = speech_config(args, tokenizer, codec.name, codec.sliding_window)
         run = f"the run in job.dump_folder '{record.parent}'"
         remedy = "set the old value, or choose another job.dump_folder"
         require_same(entries(earlier, RECORD_KEYS), entries(own, RECORD_KEYS), run, remedy)
         require_same(read_json(str(record), ADAPTER_CONFIG) or {}, adapter_config(job_config, args), run, remedy)
+
+
+def _check_codec(name: str, model: PreTrainedConfig, folder: str) -> None:
+    """Raise a `UserError` if the weights of the codec ``name`` differ from the codec with which a model was trained."""
+    original = getattr(model, "codec", DEFAULT_CODEC)
+    original, hashes = local_codec(original, folder) or original, set()
+    with suppress(UserError):  # weights that are not on this machine cannot be compared
+        hashes = {codec_hash(codec, local_files_only=True) for codec in (original, name)}
+    if len(hashes) == 2:
+        problem = f"codec.name is '{name}', but '{folder}' was trained with '{original}', which has other weights"
+        raise UserError(f"{problem}; set codec.name to '{original}', and tokenise the corpora with this codec")
 
 
 def _check_resume(job_config: Any) -> None:
