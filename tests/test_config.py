@@ -21,7 +21,8 @@ from llama_mimi.checkpoint.dcp import complete_steps, set_aside_incomplete, set_
 from llama_mimi.checkpoint.huggingface import hf_config
 from llama_mimi.checkpoint.stand_ins import write_tokenizer
 from llama_mimi.common.errors import UserError
-from llama_mimi.corpora.code_shards import CodedClip
+from llama_mimi.corpora.clips import CodedClip
+from llama_mimi.corpora.code_shards import MANIFEST
 from llama_mimi.corpora.formats import CORPORA, RELEASED_NAMES
 from llama_mimi.data.build import chosen_split
 from llama_mimi.model.llama import FLAVORS
@@ -60,8 +61,18 @@ def downloads(tmp_path_factory):
     for name, columns in labels.items():
         clips = [CodedClip("a", np.zeros((10, 8), np.uint16), 0.8, False, text="a", speaker="b")]
         write_codes(folder / "data" / "codes" / name, str(folder / "mimi"), [clips], columns)
-    for part in ("train", "validation"):
-        write_codes(folder / "data" / "codes" / f"tiny_{part}", str(TINY / "mimi"), [clips], ["text", "speaker"])
+    for name in ("tiny_train", "tiny_validation", "new_voice", "new_voice_validation"):
+        write_codes(folder / "data" / "codes" / name, str(TINY / "mimi"), [clips], ["text", "speaker"])
+    for name in ("my_voice", "my_language", "peoples_speech_unlimited"):  # for the released model, without the window
+        for split in ("", "_validation"):
+            codes = folder / "data" / "codes" / f"{name}{split}"
+            write_codes(codes, str(folder / "mimi"), [clips])
+            manifest = json.loads((codes / MANIFEST).read_text())
+            manifest["codec"]["sliding_window"] = False
+            (codes / MANIFEST).write_text(json.dumps(manifest))
+    shutil.copytree(TINY / "llama", folder / "tiny")
+    config = json.loads((folder / "tiny/config.json").read_text())
+    (folder / "tiny/config.json").write_text(json.dumps(config | {"vocab_size": 1538}))
     texts = folder / "data" / "fineweb_edu" / "sample" / "10BT"
     texts.mkdir(parents=True)
     for name in ("000_00000", "013_00000"):
@@ -81,10 +92,13 @@ def test_shipped_configs_are_valid(path, downloads, monkeypatch):
         section, key = name.split(".")
         if value := config[section].get(key):
             flags += [f"--{name}", value.replace("data/", f"{downloads}/data/")]
+    # The models have no weights.
+    monkeypatch.setattr("llama_mimi.training.checks.check_initial_weights", lambda *args: None)
+    if path.stem == "tiny_finetune":
+        flags += ["--model.hf_assets_path", str(downloads / "tiny")]
     if not path.stem.startswith("tiny"):
         flavor = config["model"]["flavor"]
         flags += ["--model.hf_assets_path", str(downloads / flavor), "--codec.name", str(downloads / "mimi")]
-        flags += ["--checkpoint.no-initial_load_in_hf"]
         if "dataset_path" in config["validation"]:
             flags += ["--validation.dataset_path", str(downloads / "peoples_speech")]
     job_config = checked_config(flags)
