@@ -143,6 +143,7 @@ def tiny_with(*flags):
         (f"{LORA} --checkpoint.last_save_in_hf", "checkpoint.last_save_in_hf is True; use convert_dcp_to_hf.py"),
         (f"{LORA} --lora.targets q_proj,wk", "choose one or more of: q_proj, k_proj, v_proj"),
         (f"{LORA} --lora.dropout 1", "lora.dropout is 1.0; set a number of at least 0 and below 1"),
+        (f"{LORA} --checkpoint.create_seed_checkpoint", "a seed checkpoint contains random weights"),
         ("--parallelism.tensor_parallel_degree 4", "the degrees in [parallelism] do not fit 2 ranks"),
         ("--parallelism.data_parallel_replicate_degree 2", "use FSDP or HSDP"),
         ("--model.flavor 768x8 --parallelism.tensor_parallel_degree 2", "is 2; set a divisor of 3, the number"),

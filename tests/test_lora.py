@@ -19,11 +19,13 @@ from llama_mimi.checkpoint.conversion import convert_checkpoint
 from llama_mimi.checkpoint.dcp import load_step, read_index
 from llama_mimi.checkpoint.huggingface import LlamaMimiStateDictAdapter, hf_config, model_args
 from llama_mimi.checkpoint.lora import adapter_config, merge_lora, save_adapter
+from llama_mimi.common.errors import UserError
 from llama_mimi.data.build import build_dataloader
 from llama_mimi.model.architectures import build_model
 from llama_mimi.model.llama import FLAVORS, LlamaMimiArgs, forward_flops
 from llama_mimi.model.lora import LORA_WEIGHTS
 from llama_mimi.tokens.tokenizer import IGNORE_INDEX, load_speech_tokenizer
+from llama_mimi.training.checks import check_files
 from llama_mimi.training.config_file import parse_config
 from llama_mimi.training.loss import LevelMeter, SpeechLoss
 
@@ -151,6 +153,28 @@ def test_packed_ranks_equal_peft(model_folder, tmp_path):
     stock = LlamaForCausalLM.from_pretrained(model_folder)
     adapted = PeftModel.from_pretrained(stock, tmp_path / "converted/adapter")
     torch.testing.assert_close(adapted(ids_BL).logits, merged(ids_BL).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_lora_weights_are_not_dropped(model_folder, tmp_path):
+    """Runs without LoRA, or with another LoRA, do not load a step. A moved base model does not matter."""
+    settings = LORA | {"model.hf_assets_path": model_folder, "training.steps": 1, "checkpoint.interval": 1}
+    train(1, tmp_path / "run", settings)
+
+    def check(name: str, **changes: Any) -> None:
+        check_files(parse_config(flags_of(tmp_path / name, settings | changes)))
+
+    check("run", **{"model.hf_assets_path": shutil.copytree(model_folder, tmp_path / "moved")})
+    with pytest.raises(UserError, match="was made with r = 4, but the current value is 8"):
+        check("run", **{"lora.rank": 8})
+    del settings["model.converters"]
+    with pytest.raises(UserError, match=r"model.converters = \['lora'\], but the current value is \[\]; set the old"):
+        check("run")
+    step = {"checkpoint.initial_load_in_hf": False, "checkpoint.initial_load_path": tmp_path / "run/checkpoint/step-1"}
+    with pytest.raises(UserError, match="step-1' contains LoRA weights; convert it with"):
+        check("another", **step)
+    shutil.rmtree(tmp_path / "run/checkpoint")
+    train(1, tmp_path / "run", settings)
+    check("run")
 
 
 def test_dropout_is_the_same_after_resuming(model_folder, tmp_path):

@@ -114,6 +114,7 @@ def save_run_record(
     if not dist.is_initialized() or dist.get_rank() == 0:
         folder = Path(dump_folder) / ASSETS_FOLDER
         save_folder(folder, config, tokenizer.text_tokenizer)
+        (folder / ADAPTER_CONFIG).unlink(missing_ok=True)  # of an earlier run in this folder
         if lora:
             write_atomically(str(folder), ADAPTER_CONFIG, json.dumps(lora).encode())
 

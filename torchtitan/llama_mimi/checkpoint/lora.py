@@ -23,7 +23,7 @@ def adapter_config(job_config: Any, args: LlamaMimiArgs) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": job_config.model.hf_assets_path,
+        "base_model_name_or_path": job_config.checkpoint.initial_load_path or job_config.model.hf_assets_path,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,

@@ -41,6 +41,7 @@ from llama_mimi.corpora.formats import check_corpus
 from llama_mimi.data.build import chosen_split, dataset_names, open_streams
 from llama_mimi.job_config import checkpoint_folder
 from llama_mimi.model.llama import FLAVORS, SHAPE
+from llama_mimi.model.lora import LORA_WEIGHTS
 from llama_mimi.tokens.tokenizer import build_speech_tokenizer
 from llama_mimi.tokens.vocabulary import has_text
 from llama_mimi.training.loss import level_fractions, level_weights
@@ -64,6 +65,7 @@ _FLAVORS = (
 _TASKS = f"choose one or more of: {', '.join(get_args(Task))}"
 _TARGETS = f"choose one or more of: {', '.join(LORA_TARGETS)}"
 _LORA_START = "set checkpoint.initial_load_in_hf to true: LoRA needs an existing model"
+_SEED = "set false: a seed checkpoint contains random weights, which a run would use instead of the model folder"
 _TORCHAO = "install the package torchao with `uv sync --inexact --extra float8`"
 # Each rule: settings (separated by spaces), a condition on the value and the config, and the second half of the error.
 # `check_settings` adds entries to the config, such as `divisor`.
@@ -101,6 +103,7 @@ RULES: list[tuple[str, Callable[[Any, Any], Any], str]] = [
     ("validation.seq_len", lambda v, c: v <= c.training.seq_len, "set at most {training.seq_len} (training.seq_len)"),
     ("training.global_batch_size", lambda v, c: v < 0 or (v and v % c.pass_size == 0), "set a multiple of {pass_size}"),
     ("checkpoint.initial_load_in_hf", lambda v, c: not v or c.checkpoint.enable, "set checkpoint.enable to true"),
+    ("checkpoint.create_seed_checkpoint", lambda v, c: not (v and c.checkpoint.initial_load_in_hf), _SEED),
     ("checkpoint.initial_load_path", lambda v, c: not v or c.checkpoint.enable, "set checkpoint.enable to true"),
     ("checkpoint.folder", lambda v, c: not re.search(r"^\.{0,2}$|/", v), "choose a folder inside job.dump_folder"),
     # TorchTitan ignores initial weights if the checkpoint folder exists, and these two folders are created earlier.
@@ -289,7 +292,11 @@ def _check_model(job_config: Any) -> None:
         run = f"the run in job.dump_folder '{record.parent}'"
         remedy = "set the old value, or choose another job.dump_folder"
         require_same(entries(earlier, RECORD_KEYS), entries(own, RECORD_KEYS), run, remedy)
-        require_same(read_json(str(record), ADAPTER_CONFIG) or {}, adapter_config(job_config, args), run, remedy)
+        saved, lora = (  # the base model may have been moved
+            {"model.converters": [LORA] * bool(some), **some, "base_model_name_or_path": None}
+            for some in (read_json(str(record), ADAPTER_CONFIG) or {}, adapter_config(job_config, args))
+        )
+        require_same(saved, lora, run, remedy)
 
 
 def _check_codec(name: str, model: PreTrainedConfig, folder: str) -> None:
@@ -309,8 +316,10 @@ def _check_resume(job_config: Any) -> None:
     steps = complete_steps(folder)
     number = max(steps, default=-1) if settings.load_step == -1 else settings.load_step
     if number == -1:
-        if settings.initial_load_path and not settings.initial_load_in_hf:
-            read_index(Path(settings.initial_load_path))
+        if (path := settings.initial_load_path) and not settings.initial_load_in_hf:
+            if any(name.endswith(LORA_WEIGHTS) for name in read_index(Path(path)).state_dict_metadata):
+                remedy = "convert it with scripts/convert_dcp_to_hf.py, and load the new folder with initial_load_in_hf"
+                raise UserError(f"checkpoint.initial_load_path '{path}' contains LoRA weights; {remedy}")
         return
     if number not in steps:
         problem = f"checkpoint.load_step is {number}, but the complete steps in '{folder}' are {sorted(steps)}"
