@@ -30,6 +30,7 @@ import pyarrow.parquet as pq
 import torch.distributed.checkpoint as dcp
 from audited_training import frame_numbers
 from layouts import LAYOUTS, lossless_rows
+from pydantic import TypeAdapter
 from simulated import STORED_LEVELS, write_codes
 
 from llama_mimi.audio.mimi import load_codec_config, whole_frames
@@ -228,7 +229,7 @@ def frames_of_position(run: Path, codes: Path) -> Counter[int]:
     state = {"dataloader": {"position": ""}}
     dcp.load(state, checkpoint_id=find_step(run / "checkpoint"), no_dist=True)
     ranks = json.loads(state["dataloader"]["position"])["ranks"]
-    cursors = [Position.from_json(position).cursors[0] for position in ranks]
+    cursors = [position.cursors[0] for position in TypeAdapter(list[Position]).validate_python(ranks)]
     config = json.loads((run / "job_config.json").read_text())
     corpus = CodeCorpus(str(codes), CODEC, config["codec"]["num_quantizers"])
     order = CorpusOrder(corpus.rows_per_unit, config["data"]["shuffle_window"], config["debug"]["seed"])

@@ -35,14 +35,9 @@ def adapter_config(job_config: Any, args: LlamaMimiArgs) -> dict[str, Any]:
 def merge_lora(
     state: dict[str, torch.Tensor], args: LlamaMimiArgs, config: dict[str, Any]
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Add the updates to the frozen weights.
+    """Return the weights of a model without LoRA, and the tensors of PEFT's adapter.
 
-    Args:
-        state: weights of a model with `LoRAConverter`; the frozen weights are changed in place.
-        config: result of `adapter_config`.
-
-    Returns:
-        The weights of a model without LoRA, and the tensors of PEFT's adapter.
+    The updates in ``state`` are added to its frozen weights, in place. ``config``: result of `adapter_config`.
     """
     merged = dict(state)
     adapter: dict[str, torch.Tensor] = {}

@@ -149,9 +149,8 @@ def share_weights(folder: Path) -> None:
 def locked(path: Path, setting: str, wait: bool = False) -> Iterator[None]:
     """Lock a file until the ``with`` block or the process ends. Warn if the file system lacks locks (NFS, Lustre).
 
-    Args:
-        setting: flag or key that sets the folder of the file. A missing folder is created.
-        wait: if True, wait until another process releases its lock; if False, raise a `UserError`.
+    If another process has locked the file, wait (``wait``), or raise a `UserError` that names the ``setting`` of the
+    folder. A missing folder is created.
     """
     folder = path.parent
     folder.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.tools.logging import logger
 
@@ -135,7 +136,7 @@ class SpeechDataLoader(BaseDataLoader):
         state = json.loads(state_dict["position"])
         remedy = "restore the earlier data, or start a new epoch with --checkpoint.exclude_from_loading dataloader"
         require_same(state["of"], self.order.fingerprint, f"the checkpoint's position in '{self.dataset}'", remedy)
-        positions = reshard([Position.from_json(position) for position in state["ranks"]], self.order.dp_world_size)
+        positions = reshard(TypeAdapter(list[Position]).validate_python(state["ranks"]), self.order.dp_world_size)
         self.order.position = positions[self.order.dp_rank]
         if self.order.dp_rank == 0:
             self.counts, self.meter.num_frames = Counter(state["counts"]), state["frames"]

@@ -65,11 +65,6 @@ class Position:
     drawn: int  # number of clips so far
     cursors: list[Cursor]
 
-    @staticmethod
-    def from_json(values: dict[str, Any]) -> "Position":
-        cursors = [Cursor([BegunWindow(**b) for b in c["begun"]], c["next_window"]) for c in values["cursors"]]
-        return Position(values["drawn"], cursors)
-
 
 class CorpusOrder:
     """Windows of one corpus. A window has one or more units, and about ``shuffle_window`` rows.

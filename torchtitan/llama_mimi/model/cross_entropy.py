@@ -105,15 +105,10 @@ def pending_logits(hidden_BLD: torch.Tensor, weight_VD: torch.Tensor) -> LazyLog
 def cross_entropy(
     logits: LazyLogits, targets: Targets, weights_N: torch.Tensor, chunk_step: Callable | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Compute the cross-entropy at the positions of the targets.
+    """Compute the cross-entropy at the positions of the targets. ``chunk_step``: compiled `chunk_losses`.
 
-    Args:
-        weights_N: float32 weight of each target's loss in the sum.
-        chunk_step: compiled `chunk_losses`.
-
-    Returns:
-        The weighted sum of the losses, with a gradient; the unweighted losses (N,) in float32; and the losses (N,) if
-        the softmax is computed over the admissible entries only.
+    Return the sum of the losses, weighted by ``weights_N``, with a gradient; the unweighted losses (N,) in float32; and
+    the losses (N,) if the softmax is computed over the admissible entries only.
     """
     hidden_BLD, weight_VD, first_row, group = _local(logits)
     # All ranks need the same chunk size, because each chunk runs collectives. Shards can differ by one row.

@@ -180,8 +180,7 @@ class HierarchicalLlamaMimi(LlamaMimi):
     ) -> HierarchicalOutput:
         """Return the lazy logits for ids (B, L, Q). Negative ids are skipped when embeddings are summed.
 
-        Args:
-            targets: ids (B, L, Q) of the next frames; the depth decoder reads the codes of these frames.
+        The depth decoder reads ``targets``, the ids (B, L, Q) of the next frames.
         """
         B, L, Q = tokens.shape
         targets_NQ = targets.flatten(0, 1)

@@ -66,6 +66,10 @@ _TASKS = f"choose one or more of: {', '.join(get_args(Task))}"
 _TARGETS = f"choose one or more of: {', '.join(LORA_TARGETS)}"
 _LORA_START = "set checkpoint.initial_load_in_hf to true: LoRA needs an existing model"
 _SEED = "set false: a seed checkpoint contains random weights, which a run would use instead of the model folder"
+_KEY_HEADS = "set a divisor of {key_heads}, the number of key heads"
+_STOP_FREQ = "set a multiple of checkpoint.interval ({checkpoint.interval}), because validation.patience is set"
+_STOP_KEEP = "set 0, or more than validation.patience * validation.freq / checkpoint.interval"
+_STOP_HF = "set false: a run that validation.patience stops does not save a model in this format"
 _TORCHAO = "install the package torchao with `uv sync --inexact --extra float8`"
 # Each rule: settings (separated by spaces), a condition on the value and the config, and the second half of the error.
 # `check_settings` adds entries to the config, such as `divisor`.
@@ -110,32 +114,16 @@ RULES: list[tuple[str, Callable[[Any, Any], Any], str]] = [
     ("checkpoint.folder", lambda v, c: v not in (c.metrics.save_tb_folder, ASSETS_FOLDER), "choose another folder"),
     ("checkpoint.keep_latest_k", lambda v, c: v != 1, "set at least 2, or 0 to keep all checkpoints"),
     # At an early stop, the step with the lowest loss must still be saved.
-    (
-        "validation.freq",
-        lambda v, c: not (c.validation.patience and c.checkpoint.enable) or v % c.checkpoint.interval == 0,
-        "set a multiple of checkpoint.interval ({checkpoint.interval}), because validation.patience is set",
-    ),
-    (
-        "checkpoint.keep_latest_k",
-        lambda v, c: v == 0 or v * c.checkpoint.interval > c.validation.patience * c.validation.freq,
-        "set 0, or more than validation.patience * validation.freq / checkpoint.interval",
-    ),
-    (
-        "checkpoint.last_save_in_hf",
-        lambda v, c: not (v and c.validation.patience),
-        "set false: a run that validation.patience stops does not save a model in this format",
-    ),
+    ("validation.freq", lambda v, c: not c.steps_of_patience or v % c.checkpoint.interval == 0, _STOP_FREQ),
+    ("checkpoint.keep_latest_k", lambda v, c: v == 0 or v * c.checkpoint.interval > c.steps_of_patience, _STOP_KEEP),
+    ("checkpoint.last_save_in_hf", lambda v, c: not (v and c.steps_of_patience), _STOP_HF),
     ("optimizer.beta1 optimizer.beta2", lambda v, c: 0 <= v < 1, "set a number of at least 0 and below 1"),
     ("model.depth_train_fraction", lambda v, c: 0 < v <= 1, "set 1, or a smaller positive fraction"),
     ("model.depth_train_fraction", lambda v, c: v == 1 or not c.is_flattened, "set 1 for architecture 'flattened'"),
     ("codec.num_quantizers", lambda v, c: v >= 2 or c.is_flattened, "set at least 2 for architecture 'hierarchical'"),
     ("model.converters checkpoint.last_save_in_hf", lambda v, c: not v or c.is_flattened, _FLATTENED_ONLY),
     ("parallelism.tensor_parallel_degree", lambda v, c: v == 1 or c.is_flattened, _FLATTENED_ONLY),
-    (
-        "parallelism.tensor_parallel_degree",
-        lambda v, c: c.key_heads % v == 0,
-        "set a divisor of {key_heads}, the number of key heads",
-    ),
+    ("parallelism.tensor_parallel_degree", lambda v, c: c.key_heads % v == 0, _KEY_HEADS),
     ("parallelism.context_parallel_degree", lambda v, c: v == 1 or c.is_flattened, _FLATTENED_ONLY),
     ("model.converters", lambda v, c: v in ([], [FLOAT8], [LORA]), f"set ['{FLOAT8}'] or ['{LORA}']"),
     ("model.converters", lambda v, c: v != [FLOAT8] or find_spec("torchao"), _TORCHAO),
@@ -194,8 +182,10 @@ def check_settings(job_config: Any, world_size: int) -> None:
         problem = f"the degrees in [parallelism] do not fit {world_size} ranks ({str(error) or 'too few ranks'})"
         remedy = f"set degrees whose product is {world_size}, or change torchrun's --nproc_per_node"
         raise UserError(f"{problem}; {remedy}") from error
+    can_stop = job_config.validation.enable and job_config.checkpoint.enable
     config = SimpleNamespace(
         **vars(job_config),
+        steps_of_patience=can_stop * job_config.validation.patience * job_config.validation.freq,
         dims=dims,
         is_flattened=job_config.model.architecture == "flattened",
         key_heads=FLAVORS[flavor].n_kv_heads if (flavor := job_config.model.flavor) in FLAVORS else 0,

@@ -75,12 +75,7 @@ def level_weights(recipe: str, fractions: Sequence[float]) -> list[float]:
 
 
 class SpeechLoss:
-    """Level-weighted cross-entropy, summed over all targets.
-
-    Args:
-        weights: weight of each level, and of text.
-        chunk_step: compiled `chunk_losses`.
-    """
+    """Sum of the cross-entropies of all targets, with a weight for each level and for text."""
 
     def __init__(
         self,
