@@ -85,7 +85,8 @@ class CsmStateDictAdapter(LlamaMimiStateDictAdapter):
             parts = (f"{prefix}layers.", f"{prefix}norm.")
             own = {key.removeprefix(prefix): weight for key, weight in state_dict.items() if key.startswith(parts)}
             theirs |= {key.replace("model", name, 1): weight for key, weight in adapter.to_hf(own).items()}
-        theirs[HEADS] = on_whole(self._split_heads, state_dict["depth.heads.weight"])
+        heads, by_level = state_dict["depth.heads.weight"], (self.model_args.num_quantizers - 1, -1)
+        theirs[HEADS] = on_whole(lambda weight: weight.unflatten(0, by_level).mT.contiguous(), heads)
         return theirs
 
     def from_hf(self, hf_state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -96,9 +97,6 @@ class CsmStateDictAdapter(LlamaMimiStateDictAdapter):
             state |= {prefix + key: weight for key, weight in adapter.from_hf(own).items()}
         state["depth.heads.weight"] = on_whole(lambda heads: heads.mT.flatten(0, 1), hf_state_dict[HEADS])
         return state
-
-    def _split_heads(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight.unflatten(0, (self.model_args.num_quantizers - 1, -1)).mT.contiguous()
 
 
 def csm_state(state: dict[str, torch.Tensor], args: LlamaMimiArgs) -> dict[str, torch.Tensor]:

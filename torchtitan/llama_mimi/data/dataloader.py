@@ -113,11 +113,6 @@ class SpeechDataLoader(BaseDataLoader):
         if packer.num_used:
             yield self._next_batch()
 
-    def empty_batch(self) -> Batch:
-        """Return a batch of padding, for a rank that has used all its clips while other ranks still have clips."""
-        assert not self.packer.num_used
-        return self.packer.pop()
-
     def state_dict(self) -> dict[str, Any]:
         """Return the positions of all ranks after their last batches. All ranks must call this collective operation."""
         assert isinstance(self.order, ShuffledOrder)

@@ -120,11 +120,13 @@ class LlamaMimi(Transformer):
     def flops_per_target(self, seq_len: int) -> int:
         """Return the training FLOPs per target. Embedding lookups are not counted.
 
-        A frozen weight needs 2 FLOPs less, because its gradient is not computed.
+        A frozen weight needs 2 FLOPs less, because its gradient is not computed. The trained update of the output
+        matrix needs only a gradient.
         """
         parts = (self.layers, self.norm, self.output_layer)
         frozen = sum(p.numel() for part in parts for p in part.parameters() if not p.requires_grad)
-        return 3 * forward_flops(num_weights(*parts), self.model_args, seq_len) - 2 * frozen
+        rows = getattr(self.output_layer, "audio_rows", torch.empty(0)).numel()
+        return 3 * forward_flops(num_weights(*parts) - rows, self.model_args, seq_len) - 2 * (frozen - rows)
 
     def decoding_flops(self, num_frames: int) -> int:
         """Return the FLOPs of decoding a frame with a key-value cache, after ``num_frames`` frames of context.

@@ -253,4 +253,4 @@ class SpeechValidator(Validator):
         dist.all_reduce(num_batches, op=dist.ReduceOp.MAX)
         yield from tqdm(batches, "validation", **bar)
         for _ in range(int(num_batches) - len(batches)):
-            yield loader.empty_batch()
+            yield loader.packer.pop()
