@@ -122,6 +122,19 @@ def test_settings_of_a_variant(tmp_path):
         assert config.training.local_batch_size == (1 if Q == 8 else 2)
 
 
+def test_a_setup_is_a_name_for_settings(tmp_path):
+    setups = '[[override]]\nsetup = ["LoRA, r = 4"]\nsettings = { "lora.rank" = 4 }\n[[tables]]'
+    axis = 'num_quantizers = [4]\nsetup = ["plain", "LoRA, r = 4"]\nprimary = {{ measure = "similarity", setup'
+    axis = axis.replace("{{", "{") + ' = "LoRA, r = 4" }'
+    old = 'num_quantizers = [4, 8]\nprimary = { measure = "similarity", num_quantizers = 8 }'
+    over = '[[override]]\nnum_quantizers = [8]\nsettings = { "training.local_batch_size" = 1 }\n[[tables]]'
+    study = read_study(written(tmp_path, a=(old, axis), b=(over, setups)))
+    plain, lora = study.tables[1].variants
+    assert lora.name == "flattened-tiny-q4-uniform-LoRA_r_4-40" and label(lora, (plain, lora)) == "LoRA, r = 4"
+    ranks = [parse_config(to_cli_args(study.flags(variant))).lora.rank for variant in (plain, lora)]
+    assert ranks == [16, 4]
+
+
 def test_a_run_ends_with_a_validation(tmp_path):
     """The frequency is the smallest divisor of the steps that is not below the config's ``validation.freq`` (210)."""
     study = read_study(written(tmp_path))

@@ -2,6 +2,7 @@
 
 import json
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from llama_mimi.checkpoint.huggingface import LlamaMimiStateDictAdapter, hf_conf
 from llama_mimi.checkpoint.lora import ADAPTER_CONFIG
 from llama_mimi.common.choices import DEFAULT_CODEC, Architecture
 from llama_mimi.common.errors import UserError, first_line
-from llama_mimi.common.files import read_json, write_atomically
+from llama_mimi.common.files import read_json
 from llama_mimi.common.hub import load_pretrained, require_no_difference
 from llama_mimi.model.architectures import build_model
 from llama_mimi.model.llama import LlamaMimiArgs
@@ -113,10 +114,16 @@ def save_run_record(
     """Write the configuration, the tokenizer and the result of `adapter_config` to `ASSETS_FOLDER`, on rank 0."""
     if not dist.is_initialized() or dist.get_rank() == 0:
         folder = Path(dump_folder) / ASSETS_FOLDER
-        save_folder(folder, config, tokenizer.text_tokenizer)
-        (folder / ADAPTER_CONFIG).unlink(missing_ok=True)  # of an earlier run in this folder
-        if lora:
-            write_atomically(str(folder), ADAPTER_CONFIG, json.dumps(lora).encode())
+        folder.mkdir(parents=True, exist_ok=True)
+        # A killed run leaves only whole files in `folder`.
+        with tempfile.TemporaryDirectory(dir=dump_folder, prefix=".") as fresh:
+            save_folder(Path(fresh), config, tokenizer.text_tokenizer)
+            if lora:
+                Path(fresh, ADAPTER_CONFIG).write_text(json.dumps(lora))
+            else:
+                (folder / ADAPTER_CONFIG).unlink(missing_ok=True)  # of an earlier run
+            for file in Path(fresh).iterdir():
+                file.replace(folder / file.name)
 
 
 def find_run_record(checkpoint: Path) -> Path:
