@@ -149,8 +149,8 @@ def share_weights(folder: Path) -> None:
 def locked(path: Path, setting: str, wait: bool = False) -> Iterator[None]:
     """Lock a file until the ``with`` block or the process ends. Warn if the file system lacks locks (NFS, Lustre).
 
-    If another process has locked the file, wait (``wait``), or raise a `UserError` that names the ``setting`` of the
-    folder. A missing folder is created.
+    If another process has locked the file, wait (``wait``), or raise a `UserError` that names ``setting``, the flag or
+    key of the folder. A missing folder is created.
     """
     folder = path.parent
     folder.mkdir(parents=True, exist_ok=True)

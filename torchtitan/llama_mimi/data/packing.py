@@ -13,7 +13,7 @@ class BatchPacker:
     In a packed sequence, the positions of each example begin at 0, and attention uses them to separate examples. An
     example is written to the first sequence with room. If only some of its units fit, the other units follow in
     another sequence, after the prefix. A batch is full when the next example does not fit into any of its sequences.
-    If ``is_packed`` is False, a sequence has one example; it needs positions if the sequences of training are packed.
+    If ``is_packed`` is False, a sequence has one example. Validation needs positions if training sequences are packed.
     """
 
     def __init__(
