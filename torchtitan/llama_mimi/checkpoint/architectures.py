@@ -115,9 +115,8 @@ def save_run_record(
     if not dist.is_initialized() or dist.get_rank() == 0:
         folder = Path(dump_folder) / ASSETS_FOLDER
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            dir=dump_folder, prefix="."
-        ) as fresh:  # a killed run leaves only whole files in `folder`
+        # A killed run must leave only whole files in the folder.
+        with tempfile.TemporaryDirectory(dir=dump_folder, prefix=".") as fresh:
             save_folder(Path(fresh), config, tokenizer.text_tokenizer)
             if lora:
                 Path(fresh, ADAPTER_CONFIG).write_text(json.dumps(lora))
