@@ -115,7 +115,7 @@ def save_run_record(
     if not dist.is_initialized() or dist.get_rank() == 0:
         folder = Path(dump_folder) / ASSETS_FOLDER
         folder.mkdir(parents=True, exist_ok=True)
-        # A killed run leaves only whole files in `folder`.
+        # A killed run must leave only whole files in the folder.
         with tempfile.TemporaryDirectory(dir=dump_folder, prefix=".") as fresh:
             save_folder(Path(fresh), config, tokenizer.text_tokenizer)
             if lora:
