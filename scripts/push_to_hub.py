@@ -40,19 +40,22 @@ def push_to_hub(upload: Upload) -> None:
     from huggingface_hub.errors import HfHubHTTPError
 
     from llama_mimi.checkpoint.conversion import TRAINING_CONFIG
+    from llama_mimi.checkpoint.lora import ADAPTER_CONFIG
 
     model_name, repo, dry_run = upload.model_name, upload.repo, upload.dry_run
     card = write_card(model_name, upload.results)
     base_model = without_folders(upload.base_model)
     vars(card.data).update(model_name=repo.split("/")[-1], license=upload.license, base_model=base_model)
-    files: dict[str, Path | bytes] = {path.name: path for path in visible_files(model_name, "*") if path.is_file()}
-    for name in ("config.json", TRAINING_CONFIG):
+    paths = [*visible_files(model_name, "*"), *visible_files(model_name, "adapter/*")]
+    files: dict[str, Path | bytes] = {str(p.relative_to(model_name)): p for p in paths if p.is_file()}
+    for name in ("config.json", TRAINING_CONFIG, f"adapter/{ADAPTER_CONFIG}"):
         if config := read_json(str(model_name), name):
             files[name] = (json.dumps(without_folders(config), indent=2) + "\n").encode()
     files[CARD] = card.content.encode()
     if dry_run is not None:
         dry_run.mkdir(parents=True)
         for name, content in files.items():
+            (dry_run / name).parent.mkdir(exist_ok=True)
             (dry_run / name).write_bytes(content.read_bytes() if isinstance(content, Path) else content)
         return print(f"these files in '{dry_run}' would be uploaded: {', '.join(sorted(files))}")
     api = HfApi()

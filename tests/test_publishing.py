@@ -31,6 +31,8 @@ def model(model_folder, tmp_path):
         "data": {"packing": "a/b", "others": ["~/me/p", "../../home/me/q, r", "hf://me/s", "/"]},
     }
     (folder / "training_config.json").write_text(json.dumps(training))
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "/home/me/base"}')
     return folder
 
 
@@ -47,6 +49,8 @@ def test_a_dry_run_writes_what_would_be_uploaded(model, tmp_path, capsys):
     push_to_hub(Upload(model, "me/mine", (of_model,), dry_run=tmp_path / "dry", **of_weights))
     assert "would be uploaded: README.md, config.json" in capsys.readouterr().out
     assert not list((tmp_path / "dry").glob(".*"))
+    adapter = json.loads((tmp_path / "dry/adapter/adapter_config.json").read_text())
+    assert adapter == {"base_model_name_or_path": "base"}
     card = ModelCard.load(tmp_path / "dry" / "README.md")
     assert card.data.license == "llama3.2" and card.data.base_model == "meta-llama/Llama-3.2-1B"
     assert "How to use it." in card.content and card.data.library_name == "transformers"
