@@ -47,7 +47,7 @@ def test_a_dry_run_writes_what_would_be_uploaded(model, tmp_path, capsys):
         path.write_bytes(b"\x00\x05\x16\x07\xff")  # macOS writes such files
     of_weights = {"license": "llama3.2", "base_model": "meta-llama/Llama-3.2-1B"}
     push_to_hub(Upload(model, "me/mine", (of_model,), dry_run=tmp_path / "dry", **of_weights))
-    assert "would be uploaded: README.md, config.json" in capsys.readouterr().out
+    assert "would be uploaded: README.md, adapter/adapter_config.json, config.json" in capsys.readouterr().out
     assert not list((tmp_path / "dry").glob(".*"))
     adapter = json.loads((tmp_path / "dry/adapter/adapter_config.json").read_text())
     assert adapter == {"base_model_name_or_path": "base"}
@@ -74,7 +74,7 @@ def test_an_upload_sends_the_folder_and_the_card(model, tmp_path, monkeypatch, c
     created, operations = sent
     assert created == ("me/mine", {"private": True, "exist_ok": True})
     texts = {operation.path_in_repo: operation.path_or_fileobj for operation in operations}
-    assert texts.keys() == {path.name for path in model.iterdir()}
+    assert texts.keys() == {str(path.relative_to(model)) for path in model.rglob("*") if path.is_file()}
     assert texts["model.safetensors"] == str(model / "model.safetensors")
     assert b"# mine" in texts["README.md"] and b'"codec": "mimi"' in texts["config.json"]
     training = json.loads(texts["training_config.json"])
