@@ -93,7 +93,7 @@ def store(speech, tmp_path_factory):
     done = tokenize(speech, folder, "--max_audio_seconds", 4, "--max_skip_fraction", 0.1, nproc=2)
     assert done.returncode == 0, done.output[-3000:]
     assert "23 clips" in done.output and "not readable audio" in done.output
-    assert f"\nto train on these codes, set --training.dataset {folder}\n" in done.output
+    assert f"\nto use these codes, set --training.dataset or --validation.dataset {folder}\n" in done.output
     assert '"skipped": {"unreadable": 1}' in done.output and f'"{OPPOSITE}": 1' in done.output
     return folder
 

@@ -166,7 +166,7 @@ def test_a_folder_that_does_not_fit_is_refused(name, flags, message, folders):
         (
             "lost codec",
             "--codec.name codec",
-            ".*codec '/nowhere/mimi' with sliding-window attention, tasks audio tts, up to 5 s",
+            ".*codec '/nowhere/mimi' with sliding-window attention, tasks audio tts, clips of up to 5 s",
         ),
         ("flattened-model", HIERARCHICAL, "a flattened Llama-Mimi, Q = 4"),
         (

@@ -40,7 +40,7 @@ ELSEWHERE = {
     f"{SCRIPT}tokenize_corpus.py --corpus data/my_voice": "needs a voice; tests/test_config.py",
     f"{TORCHRUN}1 -m llama_mimi.train --job.config_file config/finetune_voice.toml": "needs a voice and a GPU",
     f"{SCRIPT}convert_dcp_to_hf.py --checkpoint outputs/finetune_voice": "needs a GPU; tests/test_lora.py",
-    "uv run python inference.py --model_name models/my_voice": "needs a GPU; tests/test_generation.py",
+    "uv run python inference.py --model_name models/finetune_voice": "needs a GPU; tests/test_generation.py",
     f"{SCRIPT}study.py config/studies/tiny": "half an hour or more; tests/test_study.py",
     f"{SCRIPT}build_page.py --study": "needs the study; tests/test_pages.py",
     "uv run tensorboard": "serves until it is stopped",

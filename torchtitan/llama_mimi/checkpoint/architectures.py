@@ -88,7 +88,7 @@ def describe(config: PreTrainedConfig) -> str:
     release = " (first release)" if is_released(config) else ""
     parts = [f"a {architecture} Llama-Mimi{release}", f"Q = {config.num_quantizers}", codec]
     if hasattr(config, "tasks"):
-        parts += [f"tasks {' '.join(config.tasks)}", f"up to {config.max_audio_seconds:g} s"]
+        parts += [f"tasks {' '.join(config.tasks)}", f"clips of up to {config.max_audio_seconds:g} s"]
     return ", ".join(parts)
 
 

@@ -48,6 +48,7 @@ def convert_checkpoint(checkpoint: Path, output_dir: Path, dtype: Precision = "f
         weights, adapter = merge_lora(weights, args, lora)
         adapter = {name: weight.to(DTYPES[dtype]) for name, weight in adapter.items()}
         save_adapter(output_dir / "adapter", adapter, lora)
+        print(f"{step} -> {output_dir / 'adapter'} (LoRA adapter in the format of PEFT)")
     state = kind.state(weights, args)
     if hasattr(config, "codec_config"):
         state |= codec_state(config, codec)

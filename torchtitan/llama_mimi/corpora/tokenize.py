@@ -117,7 +117,7 @@ def tokenize_corpus(options: Options) -> None:
         ranks.wait()
         if ranks.rank == 0:
             write_manifest(options, plan, source.units, jobs)
-            print(f"to train on these codes, set --training.dataset {options.output_dir}", flush=True)
+            print(f"to use these codes, set --training.dataset or --validation.dataset {options.output_dir}")
 
 
 def _plan(options: Options, source: Source, codec: Codec) -> dict[str, Any]:
@@ -307,7 +307,9 @@ def write_manifest(options: Options, plan: Mapping[str, Any], units: Sequence[Un
     }
     files.write_atomically(output_dir, shards.MANIFEST, json.dumps(manifest, indent=1).encode())
     counts = {key: manifest[key] for key in ("cut", "skipped", "filtered", "audio_warnings", "duplicates_kept")}
-    print(f"{output_dir}: {manifest['hours']:.2f} h, {len(clips):,} clips, {len(names):,} shards; {json.dumps(counts)}")
+    minutes = float(seconds_N.sum()) / 60
+    length = f"{minutes:.1f} min" if minutes < 60 else f"{minutes / 60:,.2f} h"
+    print(f"{output_dir}: {length}, {len(clips):,} clips, {len(names):,} shards; {json.dumps(counts)}")
 
 
 def _read_shards(output_dir: str, names: Sequence[str]) -> tuple[list[pa.Table], list[dict[str, Any]]]:
