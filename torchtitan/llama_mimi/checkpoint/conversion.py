@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ def convert_checkpoint(checkpoint: Path, output_dir: Path, dtype: Precision = "f
 
     args = kind.args(config)
     weights = load_model_state(step, args, verify)
+    shutil.rmtree(output_dir / "adapter", ignore_errors=True)  # of an earlier conversion into this folder
     if any(name.endswith(LORA_WEIGHTS) for name in weights):
         lora = json.loads((record / ADAPTER_CONFIG).read_text())
         weights, adapter = merge_lora(weights, args, lora)
