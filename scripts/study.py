@@ -50,6 +50,8 @@ def main(
     runs = study.runs
     if part not in (None, *range(len(runs))):
         raise UserError(f"--part is {part}; set it to a number from 0 to {len(runs) - 1}")
+    if not tflops > 0:
+        raise UserError(f"--tflops is {tflops:g}; set a positive number")
     if plan:
         return print_plan(study, flops_per_hour=tflops * 1e12 * 3600)
     if slurm:  # one job per run, then a job that judges and writes the report

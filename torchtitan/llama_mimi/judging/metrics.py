@@ -207,6 +207,8 @@ def perplexity(model_name: str, device: torch.device) -> Measure:
     model = load_evaluator(transformers.AutoModelForCausalLM, model_name, device, what="language model")
     tokenizer = load_pretrained(transformers.AutoTokenizer, model_name, what="language model")
     first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if first is None:
+        raise UserError(f"'{model_name}' has neither a BOS nor an EOS token; choose a --text_model with one of them")
 
     @torch.inference_mode()
     def value(prompt: str, continuation: str) -> Value:

@@ -96,6 +96,11 @@ class VoiceOptions(TextOptions):
     # the model reads only the text and chooses a voice
     voice_seconds: float = 3.0
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.voice_seconds <= MAX_RECORDING_SECONDS:
+            limits = f"a number from 0 to {MAX_RECORDING_SECONDS:g}"
+            raise UserError(f"--voice_seconds is {self.voice_seconds:g}; set {limits}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class MeasureOptions:
