@@ -275,10 +275,18 @@ def test_prosaudit_accuracies_are_those_of_zerospeechs_toolkit(tmp_path):
     assert sorted(lines[:-1]) == sorted(f"{name} {score}" for name, score in scores.items())
 
 
+def test_a_misspelt_folder_of_slm21_is_named(tmp_path):
+    for name in ("lexical", "syntatic"):
+        (tmp_path / name / "dev").mkdir(parents=True)
+    with pytest.raises(UserError, match="syntatic' is not a folder of sLM21; rename it to lexical, syntactic"):
+        read_slm21(str(tmp_path))
+
+
 def test_a_damaged_gold_file_is_named(tmp_path):
     folder = tmp_path / "lexical" / "dev"
     touch(folder, "a.wav", "b.wav")
     for lines, message in (
+        ("a,0,A,many,1\nb,0,A,,0", "the frequency 'many' is not a count"),
         ("a,0,A,1,1\nb,0", "must have rows with the columns correct, filename"),
         ("a,0,A,1,1", "'b' must have one row"),
     ):

@@ -142,6 +142,10 @@ def read_slm21(source: str) -> Benchmark:
     tools (zerospeech/zerospeech2021 and zerospeech/benchmarks). The tools allow non-words without a spelling.
     """
     benchmark = _read_tables(source, ("positive", "negative"), SLM21_TABLES)
+    names = {folder.name for folder in _folders(Path(source))}
+    if names & {"lexical", "syntactic"} and (odd := names - {"lexical", "syntactic", "phonetic", "semantic"}):
+        remedy = "rename it to lexical, syntactic, phonetic or semantic, or move it out of --data_dir"
+        raise UserError(f"'{Path(source, min(odd))}' is not a folder of sLM21; {remedy}")
     for folder in (folder for task in ("lexical", "syntactic") for folder in _folders(Path(source, task))):
         task = folder.parent.name
         pair_columns = ("id", "voice") if task == "lexical" else ()
@@ -224,7 +228,10 @@ def _csv_rows(path: Path) -> list[dict[str, str]]:
 def _labels(row: Mapping[str, Any]) -> dict[str, str]:
     """Return a pair's labels; ``row`` belongs to the positive clip. Words without a frequency do not get a band."""
     labels = {key: str(row[key]) for key in ("type", "subtype") if row.get(key) not in (None, "")}
-    frequency = float(row.get("frequency") or "nan")
+    try:
+        frequency = float(row.get("frequency") or "nan")
+    except ValueError as error:
+        raise UserError(f"the frequency '{row['frequency']}' is not a count; download the benchmark again") from error
     bands = [band for lowest, band in FREQUENCY_BANDS if frequency >= lowest]
     return labels | ({"frequency": bands[-1]} if bands else {})
 
