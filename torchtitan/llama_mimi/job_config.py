@@ -75,7 +75,7 @@ class Lora:
     """Probability of dropout before the updates"""
 
     train_audio_tokens: bool = False
-    """Also train the embeddings and the output rows of audio tokens, which a new codec or language may need"""
+    """Also train the embeddings and the output rows of audio tokens"""
 
 
 @dataclass

@@ -71,10 +71,9 @@ class LoRAConverter:
                 model.tok_embeddings = _AudioEmbedding(V, D).requires_grad_(False)
                 for layer in {model.tok_embeddings, model.output_layer}:  # one layer if tied
                     layer.audio_rows = nn.Parameter(torch.empty(V - model.model_args.vocabulary.base, D))
-        num_trained, num_all = (
-            sum(p.numel() for p in model.parameters() if p.requires_grad or not trained) for trained in (True, False)
-        )
-        logger.info(f"LoRA trains {num_trained:,} weights and freezes {num_all - num_trained:,} weights")
+        num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        num_frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+        logger.info(f"LoRA trains {num_trained:,} weights and freezes {num_frozen:,} weights")
 
     def post_optimizer_hook(self, model: Any) -> None:
         """Do nothing; TorchTitan calls this method after each step."""

@@ -76,7 +76,12 @@ def _collect_results(study: Study, lines: Lines) -> pd.DataFrame:
     # For each validation corpus, each number of levels is a measure without items. Names are "all" (first corpus, first
     # task), "<corpus>/all", and for further tasks, which are not shown, "<task>/all" and "<corpus>/<task>/all".
     bits = [
-        same | {"system": line["run"], "measure": f"{BITS}{line['num_quantizers']}/{name}"[:-4], "value": value}
+        same
+        | {
+            "system": line["run"],
+            "measure": f"{BITS}{line['num_quantizers']}/{name}".removesuffix("/all"),
+            "value": value,
+        }
         for line in lines
         for name, value in (line.get(BITS_KEY) or {}).items()
         if name.endswith("all") and name.count("/") < 2 and name.split("/")[0] not in get_args(Task)
