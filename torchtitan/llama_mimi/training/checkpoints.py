@@ -61,5 +61,6 @@ def _save(manager: Any, curr_step: int, last_step: bool = False) -> None:
                 shutil.rmtree(path, ignore_errors=True)
         failure = first_failure(error)
         raise (failure if isinstance(failure, UserError | OSError) else error) from None
-    if is_end:
-        manager._purge_stale_checkpoints()  # TorchTitan does not purge after the last save
+    # TorchTitan does not purge after the last save, and purges asynchronous saves before they are complete.
+    if is_end and (last_step or manager.async_mode != engine.AsyncMode.DISABLED):
+        manager._purge_stale_checkpoints()
